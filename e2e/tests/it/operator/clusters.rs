@@ -257,6 +257,9 @@ fn cluster_set_configures_the_hub_and_keeps_its_trust_domain() {
         world.apply(&cluster_set(&format!("trustDomain: hanse.local, leaseSeconds: 5, {defaults}")));
         world.until_is("cset/default", "Ready", ["True", "Ready"]).await;
         world.until("the lease is used", || world.hub_log().contains("the lease of clusters has changed")).await;
+        let log = world.hub_log();
+        let changed = log.lines().find(|line| line.contains("the lease of clusters has changed")).expect("found");
+        assert!(changed.contains("lease_seconds=5") && !changed.contains("closed=0"), "{changed}");
         // The member has connected again, with heartbeats for the new lease: it does not become silent.
         world.until_is("mc/east", "Connected", ["True", "Connected"]).await;
         let limits = || world.hanse(&["get", "MemberCluster", "east", "-o", "json"]).1;
