@@ -3,10 +3,12 @@
 mod access;
 mod accounts;
 mod convert;
+mod edit;
 mod governed;
 mod objects;
 mod observe;
 mod operated;
+mod proposals;
 mod state;
 
 use std::sync::Arc;
@@ -29,8 +31,8 @@ use state::MAX_WATCHERS;
 
 pub(crate) use access::{caller, permit, refused};
 pub use accounts::create_user;
+pub(crate) use edit::{OperatorEdit, Origin};
 pub(crate) use governed::is_pending_stage;
-pub(crate) use objects::{OperatorEdit, Origin};
 pub use state::Administration;
 
 /// Maximum length of the reason of a revocation.

@@ -4,19 +4,18 @@
 //! A change that waits is part of the audit log as `propose`, and is evaluated as a StagedFederatedNetworkPolicy of the same name, which
 //! is marked by an annotation, unless a user has one of this name.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use hanse_kubernetes::change::digest;
 use hanse_store::Transaction;
 use serde_json::{Value, json};
 
-use super::objects::{OPERATOR, OperatorEdit, Origin, Sent};
-use super::state::Administration;
-use crate::admission::approval::{Change, Judgement, Pending, authors_of, judge, records_of};
-use crate::manifest::{self, Kind, ObjectId};
-use crate::registry::records::{AuditDetail, ChangeAction, ChangeRecord, encode};
-use crate::registry::{AuditAction, ChangeError, Object, Snapshot, approval_key, change_key};
+use super::edit::{OperatorEdit, Origin};
+use crate::admission::approval::{Change, Judgement, Pending, authors_of, judge};
+use crate::manifest::{Kind, ObjectId};
+use crate::registry::records::{ChangeAction, ChangeRecord};
+use crate::registry::{ChangeError, Object, Snapshot, approval_key, change_key};
 
 /// Marks the staged policy of a change that waits for an approval.
 const MARK: &str = "hanse.dev/pending-approval";
@@ -26,7 +25,10 @@ const MAX_REMOVED: usize = 32;
 const MAX_NAMED: usize = 4;
 
 /// What a change of a custom resource leads to; of a deletion, the version in force. `None`: it is not one of an object in a tier.
-fn subject<'a>(snapshot: &'a Snapshot, edit: &'a OperatorEdit) -> Option<(ChangeAction, &'a Origin, &'a [u8])> {
+pub(super) fn subject<'a>(
+    snapshot: &'a Snapshot,
+    edit: &'a OperatorEdit,
+) -> Option<(ChangeAction, &'a Origin, &'a [u8])> {
     Some(match edit {
         OperatorEdit::Apply(manifest, origin) => (ChangeAction::Apply, origin, manifest),
         OperatorEdit::Delete(id, origin) => {
@@ -37,7 +39,7 @@ fn subject<'a>(snapshot: &'a Snapshot, edit: &'a OperatorEdit) -> Option<(Change
     })
 }
 
-fn with_change<T>(
+pub(super) fn with_change<T>(
     snapshot: &Snapshot,
     id: &ObjectId,
     edit: &OperatorEdit,
@@ -54,7 +56,7 @@ pub(super) fn authors(snapshot: &Snapshot, id: &ObjectId, edit: &OperatorEdit) -
     (!authors.is_empty()).then(|| named(&authors))
 }
 
-fn named(authors: &BTreeSet<String>) -> String {
+pub(super) fn named(authors: &BTreeSet<String>) -> String {
     let mut text = authors.iter().take(MAX_NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
     if let Some(more) = authors.len().checked_sub(MAX_NAMED).filter(|more| *more > 0) {
         text.push_str(&format!(" and {more} more"));
@@ -106,7 +108,7 @@ fn waits(id: &ObjectId, pending: &Pending) -> String {
 }
 
 /// The staged policy of a change that waits.
-fn staged(id: &ObjectId, action: ChangeAction, manifest: &[u8]) -> Option<Bytes> {
+pub(super) fn staged(id: &ObjectId, action: ChangeAction, manifest: &[u8]) -> Option<Bytes> {
     let mut object: Value = serde_json::from_slice(manifest).ok()?;
     object["kind"] = json!(Kind::StagedFederatedNetworkPolicy.name());
     object["metadata"] = json!({"name": id.name, "annotations": {MARK: "true"}});
@@ -119,7 +121,7 @@ fn staged(id: &ObjectId, action: ChangeAction, manifest: &[u8]) -> Option<Bytes>
     Some(object.to_string().into())
 }
 
-fn is_marked(manifest: &[u8]) -> bool {
+pub(super) fn is_marked(manifest: &[u8]) -> bool {
     let object: Option<Value> = serde_json::from_slice(manifest).ok();
     object.is_some_and(|it| it["metadata"]["annotations"][MARK] == "true")
 }
@@ -129,128 +131,14 @@ pub(crate) fn is_pending_stage(object: &Object) -> bool {
     object.id.kind == Kind::StagedFederatedNetworkPolicy && is_marked(&object.manifest)
 }
 
-fn staged_id(id: &ObjectId) -> ObjectId {
+pub(super) fn staged_id(id: &ObjectId) -> ObjectId {
     ObjectId { kind: Kind::StagedFederatedNetworkPolicy, name: id.name.clone() }
-}
-
-impl Administration {
-    /// Reads what other replicas recorded of changes, where this one knows no author.
-    pub(super) async fn find_authors(&self, edits: &[OperatorEdit]) -> Result<(), ChangeError> {
-        if !self.has_webhook() {
-            return Ok(());
-        }
-        for edit in edits {
-            let snapshot = self.registry.snapshot();
-            let Some((id, (_, origin, _))) = edit.id().zip(subject(&snapshot, edit)) else { continue };
-            // The webhook does not record who changes clusters.
-            if id.kind != Kind::MemberCluster && authors(&snapshot, &id, edit).is_none() {
-                self.registry.has_changes(&origin.uid).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Records that a change waits, and has it evaluated as a staged policy.
-    pub(super) async fn propose(&self, edit: &OperatorEdit) -> Result<(), ChangeError> {
-        let snapshot = self.registry.snapshot();
-        let Some((id, subject)) = edit.id().zip(subject(&snapshot, edit)) else { return Ok(()) };
-        let (action, Origin { uid, .. }, manifest) = subject;
-        let new = with_change(&snapshot, &id, edit, |change| {
-            let records = records_of(&snapshot, change).filter(|it| !it.proposed);
-            records.map(|it| ChangeRecord { proposed: true, ..ChangeRecord::clone(it) }).collect::<Vec<_>>()
-        });
-        let new = new.unwrap_or_default();
-        if !new.is_empty() {
-            let who = named(&new.iter().map(|it| it.who.clone()).collect());
-            let before = snapshot.objects.get(&id).map(|object| &object.manifest[..]);
-            let after = (action == ChangeAction::Apply).then_some(manifest);
-            let detail = AuditDetail::of(before, after);
-            let proposed = Some(Box::new(("waits for an approval".to_owned(), detail)));
-            let action = AuditAction { who, action: "propose", object: id.to_string(), proposed };
-            let write = |_: &Snapshot| {
-                let put = |transaction: Transaction, it: &ChangeRecord| {
-                    Ok::<_, ChangeError>(transaction.put(change_key(uid, &it.id())?, encode(it)))
-                };
-                Ok((new.iter().try_fold(Transaction::default(), put)?, ()))
-            };
-            self.registry.change(&action, write).await?;
-        }
-        if id.kind != Kind::FederatedNetworkPolicy {
-            return Ok(());
-        }
-        let Some(wanted) = staged(&id, action, manifest) else { return Ok(()) };
-        let found = snapshot.objects.get(&staged_id(&id));
-        // One of a user stays.
-        if found.is_none_or(|object| is_marked(&object.manifest) && object.manifest != wanted) {
-            self.edit_alone(Sent::of_hub_apply(wanted)).await?;
-        }
-        Ok(())
-    }
-
-    /// Removes what belongs to changes that do not wait any more. `pending`: those that do, with the UIDs of their custom resources.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub(crate) async fn settle(&self, pending: &BTreeMap<ObjectId, String>) -> Result<(), ChangeError> {
-        let snapshot = self.registry.snapshot();
-        let staged = snapshot.objects.iter().filter(|(id, _)| id.kind == Kind::StagedFederatedNetworkPolicy);
-        let policy = |id: &ObjectId| ObjectId { kind: Kind::FederatedNetworkPolicy, name: id.name.clone() };
-        for (id, object) in staged.filter(|(id, _)| !pending.contains_key(&policy(id))) {
-            if is_marked(&object.manifest) {
-                self.edit_alone(Sent::of_hub_delete(id.clone())).await?;
-            }
-        }
-        let waiting: BTreeSet<&str> = pending.values().map(String::as_str).collect();
-        let over = snapshot.changes.iter().filter(|(uid, _)| !waiting.contains(&***uid));
-        let over = over.flat_map(|(uid, all)| all.iter().map(move |(record, it)| (uid, record, it)));
-        let keys = over.filter(|(.., it)| it.proposed).map(|(uid, record, _)| change_key(uid, record));
-        self.registry.remove_records(keys.collect::<Result<_, _>>()?).await
-    }
-
-    async fn edit_alone(&self, sent: Sent) -> Result<(), ChangeError> {
-        match self.edit(std::slice::from_ref(&sent)).await?.pop() {
-            Some(Err(error @ (ChangeError::Store(_) | ChangeError::Busy))) => Err(error),
-            // A pending change that cannot be staged still waits.
-            Some(Err(error)) => {
-                tracing::warn!(%error, "pending change not evaluated as a staged policy");
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-impl OperatorEdit {
-    /// The object. `None`: the manifest cannot be read, or it is a registration.
-    pub(super) fn id(&self) -> Option<ObjectId> {
-        match self {
-            Self::Apply(manifest, _) => manifest::check(manifest).ok().map(|checked| checked.id),
-            Self::Delete(id, _) => Some(id.clone()),
-            Self::RemoveCluster(_) => None,
-        }
-    }
-}
-
-impl Sent {
-    fn of_hub_apply(manifest: Bytes) -> Self {
-        Self::of_hub(OperatorEdit::Apply(manifest, Origin::default()))
-    }
-
-    fn of_hub_delete(id: ObjectId) -> Self {
-        Self::of_hub(OperatorEdit::Delete(id, Origin::default()))
-    }
-
-    /// An edit of the hub itself, of a kind that needs no approval.
-    fn of_hub(edit: OperatorEdit) -> Self {
-        let mut sent = edit.sent(OPERATOR.to_owned(), true);
-        sent.origin = None;
-        sent
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::manifest;
 
     #[test]
     fn pending_changes_become_staged_policies() {

@@ -5,7 +5,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::{Stream, stream};
 use hanse_identity::Identity;
 use hanse_identity::spiffe::check_subdomain;
@@ -16,6 +15,7 @@ use tonic::{Status, Streaming};
 
 use super::access::{clipped, permit};
 use super::convert;
+use super::edit::{OPERATOR, OperatorEdit};
 use super::governed;
 use super::state::{Administration, MAX_DRY_RUNS};
 use crate::grants::MemberCluster;
@@ -36,9 +36,6 @@ const SILENCE: Duration = Duration::from_secs(30);
 const MAX_REMOVED_TOKENS: usize = 100;
 /// Tiers that the error about a missing tier names.
 const MAX_NAMED_TIERS: usize = 8;
-
-/// The author of the operator's changes in the audit log.
-pub(super) const OPERATOR: &str = "operator";
 
 /// The change of one object.
 enum Edit {
@@ -154,23 +151,6 @@ impl Done {
         }
         self
     }
-}
-
-/// A version of a custom resource.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Origin {
-    pub uid: String,
-    pub generation: i64,
-}
-
-/// A change that the operator makes for a custom resource.
-#[derive(Debug, Clone)]
-pub(crate) enum OperatorEdit {
-    /// The manifest. Without a webhook, the tier of a policy need not exist.
-    Apply(Bytes, Origin),
-    Delete(ObjectId, Origin),
-    /// Removes the registration of a cluster, its tokens and its MemberCluster, at once: none of them can exist without the others.
-    RemoveCluster(Arc<str>),
 }
 
 impl Administration {

@@ -10,7 +10,7 @@ use hanse_identity::token::Token;
 use hanse_store::Transaction;
 
 use super::accounts::TokenOrigin;
-use super::objects::OPERATOR;
+use super::edit::OPERATOR;
 use super::state::Administration;
 use crate::manifest::Kind;
 use crate::registry::records::{self, CustomResource, MemberState, Settings, TokenRecord};
