@@ -303,7 +303,7 @@ mod tests {
         let key = crate::registry::key(&["object", "Tier", "t"]).expect("a key");
         let mut snapshot = Snapshot::default();
         snapshot.preview(&hanse_store::Transaction::default().put(key, &manifest[..]));
-        let state = State::new(&snapshot, &crate::status::NoRealisations);
+        let state = State::new(&snapshot, &crate::status::NoRealisations, None);
         let accepted = |is_stored, refusal: Option<&Refusal>| {
             let facts = Facts { generation: 2, is_stored, refusal, blocked: None, nets: 0 };
             let answer = state.accepted(&id, facts);
