@@ -15,7 +15,7 @@ const UPDATE: &str = "HANSE_UPDATE_GUIDE";
 const NOTE: &str = "<!-- Written by `cargo xtask guide`. -->\n\n";
 
 /// The kinds, in the order in which a reader needs them.
-const KINDS: [&str; 7] = [
+const KINDS: [&str; 8] = [
     "clustersets",
     "memberclusters",
     "clusterjointokens",
@@ -23,6 +23,7 @@ const KINDS: [&str; 7] = [
     "federatednetworkpolicies",
     "stagedfederatednetworkpolicies",
     "federatednetworksets",
+    "policyapprovals",
 ];
 
 fn text<'a>(value: &'a Value, key: &str) -> &'a str {
