@@ -207,6 +207,6 @@ pub struct PolicyApprovalSpec {
     #[schemars(range(min = 0))]
     pub generation: i64,
     /// The digest of the version that is approved, which the status of the object names; of a deletion, that of the version in force.
-    #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
+    #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"), length(max = 71))]
     pub digest: String,
 }
