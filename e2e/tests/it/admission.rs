@@ -11,12 +11,11 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use hanse_e2e::kubernetes::{ApiServer, Etcd, Options, manifests, until};
+use hanse_e2e::kubernetes::{ApiServer, manifests, until};
 use hanse_e2e::process::Process;
-use hanse_hub::custom_resources;
 use serde_json::{Value, json};
 
-use crate::chart;
+use crate::{chart, operator};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -26,8 +25,8 @@ const HUB: &str = "system:serviceaccount:hanse:hanse-hub";
 /// The rights of the hub, and the configuration of its webhook, as the chart renders them.
 fn of_chart() -> Vec<Value> {
     let hub = chart::set(chart::set(chart::complete(), "member.enabled", json!(false)), "agent.enabled", json!(false));
-    let hub =
-        chart::set(chart::set(hub, "hub.operator", json!({"enabled": true})), "hub.webhook", json!({"enabled": true}));
+    let webhook = json!({"enabled": true, "from": [{"ipBlock": {"cidr": "127.0.0.1/32"}}]});
+    let hub = chart::set(chart::set(hub, "hub.operator", json!({"enabled": true})), "hub.webhook", webhook);
     let kinds = [
         "ServiceAccount",
         "ClusterRole",
@@ -109,26 +108,12 @@ struct World {
 
 impl World {
     async fn start(certificate_seconds: u64) -> Self {
-        let etcd = Etcd::start().expect("etcd starts");
-        let server = ApiServer::start(&etcd, Options::new("management")).await.expect("it is ready");
-        let crds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
-        let installed = server.kubectl().expect("kubectl").args(["apply", "--server-side", "-f"]).arg(crds).output();
-        assert!(installed.expect("it runs").status.success());
+        let (server, kubeconfig) = operator::management(&of_chart()).await;
         let client = server.client().await.expect("a client");
-        for definition in custom_resources::definitions() {
-            manifests::established(&client, &definition.name).await.expect("it is established");
-        }
-        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": chart::NAMESPACE}});
-        for object in std::iter::once(&namespace).chain(&of_chart()) {
-            manifests::apply(&client, "test", &object.to_string()).await.expect("it is applied");
-        }
         manifests::apply(&client, "test", USERS).await.expect("it is applied");
         for (role, _) in BINDINGS {
             manifests::apply(&client, "test", &binding(role)).await.expect("it is applied");
         }
-        let mut account = server.service_account(chart::NAMESPACE, "hanse-hub").await.expect("a kubeconfig");
-        account["contexts"][0]["context"]["namespace"] = json!(chart::NAMESPACE);
-        let kubeconfig = server.write_kubeconfig("hub", &account).expect("it is written");
         let ports = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
         let listen = ports.map(|it| it.local_addr().expect("an address"));
         let folder = tempfile::tempdir().expect("a folder");

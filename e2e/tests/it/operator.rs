@@ -58,6 +58,27 @@ struct World {
     hub: Option<Process>,
 }
 
+/// A management cluster with the definitions and these objects of the chart, and the kubeconfig of the hub's service account.
+pub(crate) async fn management(objects: &[Value]) -> (ApiServer, PathBuf) {
+    let etcd = Etcd::start().expect("etcd starts");
+    let server = ApiServer::start(&etcd, Options::new("management")).await.expect("it is ready");
+    let crds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
+    let installed = server.kubectl().expect("kubectl").args(["apply", "--server-side", "-f"]).arg(crds).output();
+    assert!(installed.expect("it runs").status.success());
+    let client = server.client().await.expect("a client");
+    for definition in custom_resources::definitions() {
+        manifests::established(&client, &definition.name).await.expect("it is established");
+    }
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": chart::NAMESPACE}});
+    for object in std::iter::once(&namespace).chain(objects) {
+        manifests::apply(&client, "test", &object.to_string()).await.expect("it is applied");
+    }
+    let mut account = server.service_account(chart::NAMESPACE, "hanse-hub").await.expect("a kubeconfig");
+    account["contexts"][0]["context"]["namespace"] = json!(chart::NAMESPACE);
+    let kubeconfig = server.write_kubeconfig("hub", &account).expect("it is written");
+    (server, kubeconfig)
+}
+
 impl World {
     async fn start() -> Self {
         let mut world = Self::prepare().await;
@@ -67,22 +88,7 @@ impl World {
 
     /// A management cluster with the definitions and the rights of the chart, and a hub that does not run yet.
     async fn prepare() -> Self {
-        let etcd = Etcd::start().expect("etcd starts");
-        let server = ApiServer::start(&etcd, Options::new("management")).await.expect("it is ready");
-        let crds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
-        let installed = server.kubectl().expect("kubectl").args(["apply", "--server-side", "-f"]).arg(crds).output();
-        assert!(installed.expect("it runs").status.success());
-        let client = server.client().await.expect("a client");
-        for definition in custom_resources::definitions() {
-            manifests::established(&client, &definition.name).await.expect("it is established");
-        }
-        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": chart::NAMESPACE}});
-        for object in std::iter::once(&namespace).chain(&of_chart()) {
-            manifests::apply(&client, "test", &object.to_string()).await.expect("it is applied");
-        }
-        let mut account = server.service_account(chart::NAMESPACE, "hanse-hub").await.expect("a kubeconfig");
-        account["contexts"][0]["context"]["namespace"] = json!(chart::NAMESPACE);
-        let kubeconfig = server.write_kubeconfig("hub", &account).expect("it is written");
+        let (server, kubeconfig) = management(&of_chart()).await;
         let ports = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
         let listen = ports.map(|it| it.local_addr().expect("an address"));
         let world = Self { server, kubeconfig, folder: tempfile::tempdir().expect("a folder"), listen, hub: None };

@@ -83,7 +83,7 @@ fn changes_wait_for_another_user() {
             let patch = json!({"spec": {"holderIdentity": holder, "leaseDurationSeconds": 3}}).to_string();
             world.kubectl("", &["-n", "hanse", "patch", "lease", "hanse-hub-operator", "--type=merge", "-p", &patch])
         };
-        assert!(lease("nobody").0);
+        assert!(lease("another-hub").0);
         world.until("the operator stops", || world.hub_log().contains("another hub has taken the Lease")).await;
         let (success, text) = world.approve("eve", "fnp/web");
         assert!(success, "{text}");

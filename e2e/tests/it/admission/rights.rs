@@ -38,6 +38,10 @@ fn only_users_of_a_tier_write_its_policies() {
         world.apply_refused("mallory", &policy("own", &deny("platform")), &format!("{FORBIDDEN}platform"));
         let staged = policy("web", &deny("platform")).replace("kind: Fed", "kind: StagedFed");
         world.apply_refused("mallory", &staged, &format!("{FORBIDDEN}platform"));
+        // Nor out of one that only the stored version is in: the tier does not exist, so nothing of the policy is in force.
+        world.apply("", &policy("early", &deny("absent")));
+        world.apply_refused("mallory", &policy("early", &deny("other")), &format!("{FORBIDDEN}absent"));
+        assert!(world.kubectl("", &["delete", "--timeout=60s", "fnp/early"]).0, "{}", world.hub_log());
         world.refused("mallory", &["delete", "fnp/web"], &format!("{FORBIDDEN}platform"));
         world.refused("mallory", &["delete", "fnp", "--all"], &format!("{FORBIDDEN}platform"));
         let collection = "/apis/hanse.dev/v1alpha1/federatednetworkpolicies";
