@@ -116,8 +116,17 @@ struct Marks {
 
 #[derive(Debug, Args)]
 struct CleanupArgs {
+    /// Directory of the agent's files, which is removed as well: the node then needs to enrol again.
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
+    data: Option<PathBuf>,
     #[command(flatten)]
     marks: Marks,
+    /// Do not exit until a signal arrives: a DaemonSet would repeat the command.
+    #[arg(long)]
+    stay: bool,
+    /// Serve health and readiness over HTTP at this address. Ready: everything is removed.
+    #[arg(long, value_name = "ADDRESS", help_heading = "Observability", requires = "stay")]
+    health_listen: Option<SocketAddr>,
 }
 
 #[derive(Debug, Args)]
@@ -173,10 +182,29 @@ fn main() -> ExitCode {
 
 fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
     let settings = args.marks.settings(Uplinks::Detected)?;
+    // An agent that runs would apply its rules again.
+    let lock = args.data.as_deref().filter(|data| data.exists()).map(status::lock).transpose()?;
     let removed = backend::open(settings).and_then(|mut backend| backend.cleanup());
     removed.context("remove the rules (this needs root, or CAP_NET_ADMIN)")?;
     text::line(format_args!("All rules of Hanse are removed from the kernel of this node."))?;
-    Ok(())
+    if let Some(data) = args.data.as_deref().filter(|_| lock.is_some()) {
+        std::fs::remove_dir_all(data).with_context(|| format!("remove {}", data.display()))?;
+        text::line(format_args!("The agent's files in {} are removed.", data.display()))?;
+    }
+    if args.stay { stay(args.health_listen) } else { Ok(()) }
+}
+
+/// Waits for a signal.
+#[tokio::main(flavor = "current_thread")]
+async fn stay(health_listen: Option<SocketAddr>) -> anyhow::Result<()> {
+    let (shutdown, health) = (Shutdown::default(), Health::default());
+    health.condition("rules removed").set(true);
+    if let Some(address) = health_listen {
+        serve(address, Page::Health(health), &shutdown).await?;
+    }
+    shutdown.wait_for_signal().await.context("wait for a signal")?;
+    shutdown.drain(DRAIN).await;
+    shutdown.outcome()
 }
 
 fn print_status(args: &StatusArgs) -> anyhow::Result<()> {

@@ -125,7 +125,15 @@ fn value_sets() -> BTreeMap<&'static str, Value> {
     ] {
         all = set(all, path, value);
     }
-    BTreeMap::from([("complete", complete()), ("remote hub", remote), ("hub only", hub), ("all options", all)])
+    let cleanup = set(complete(), "agent.cleanup", json!(true));
+    let sets = [
+        ("complete", complete()),
+        ("remote hub", remote),
+        ("hub only", hub),
+        ("all options", all),
+        ("cleanup", cleanup),
+    ];
+    BTreeMap::from(sets)
 }
 
 fn template(values: &Value) -> Command {

@@ -5,7 +5,7 @@
 //! end with exit code 0 before the next begins.
 
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use hanse_e2e::fabric::{Fabric, ROUTER};
@@ -13,19 +13,20 @@ use hanse_e2e::kubernetes::cluster::{Cluster, Endpoint};
 use hanse_e2e::kubernetes::{self, Etcd, kubeconfig};
 use hanse_e2e::probe::Observed;
 use hanse_e2e::{go, sandbox, world};
+use serde_json::{Value, json};
 
 use crate::system::programs;
 
 /// Commands that take longer than this hang.
 const PATIENCE_SECONDS: u32 = 180;
 
-/// The code of a section of the README: its indented lines.
+/// The code of a section of the README: its indented lines, without those of the sections below it.
 fn section(title: &str) -> Vec<String> {
     let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
     let text = std::fs::read_to_string(&readme).expect("the README");
-    let mut lines = text.lines().skip_while(|line| *line != format!("## {title}"));
+    let mut lines = text.lines().skip_while(|line| line.trim_start_matches('#') != format!(" {title}"));
     assert!(lines.next().is_some(), "the README has no section {title:?}");
-    let lines = lines.take_while(|line| !line.starts_with("## "));
+    let lines = lines.take_while(|line| !line.starts_with("## ") && !line.starts_with("### "));
     lines.filter_map(|line| line.strip_prefix("    ")).map(str::to_owned).collect()
 }
 
@@ -237,7 +238,95 @@ fn readme_policies_are_enforced_in_two_clusters() {
                 ] {
                     assert_eq!(from.observe(to), expected, "{} to {}", from.title(), to.title());
                 }
+
+                joins_again(&clusters[0], &variables);
+                assert!(agent_folder(scratch.path(), "train", 1).exists(), "agents keep their files there");
+                // Removed, nothing is left, and all is open again.
+                // It goes on in the same shell.
+                let mut variables = variables;
+                variables[0].1 = format!("{}/target/debug:{}", clone.path().display(), variables[0].1);
+                let ran = self::run(clone.path(), "Remove it", &variables);
+                ran.iter().for_each(|it| println!("{}\n{}", it.command, it.output));
+                for (from, to) in [(&gateway, &registry), (&registry, &trainer), (&trainer, &vllm)] {
+                    assert_eq!(from.observe(to), Observed::Open, "{} to {}", from.title(), to.title());
+                }
+                for cluster in &clusters {
+                    nothing_is_left(cluster, &fabric, scratch.path()).await;
+                }
             });
         });
     });
+}
+
+/// A DaemonSet like that of another policy engine, without pods.
+const ENGINE: &str = "apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: node-agent, namespace: kube-system}
+spec:
+  selector: {matchLabels: {app: engine}}
+  template:
+    metadata: {labels: {app: engine}}
+    spec:
+      nodeSelector: {no: node}
+      containers: [{name: calico-node, image: 'registry.example/mirror/calico/node:v3.30.0'}]
+";
+
+/// `hanse join` may be repeated, and what begins beside another policy engine observes.
+fn joins_again(train: &Cluster, variables: &[(&str, String)]) {
+    hanse_e2e::federation::kubectl(&train.server, &["apply", "-f", "-"], ENGINE).expect("it is applied");
+    let join = |more: &[&str]| {
+        let mut command = Command::new(programs().join("hanse"));
+        command.args(["join", "--kube-context=train", "--hub-context=management", "--cluster=train"]);
+        command.args(["--registry=registry.example", "--output=json"]).args(more);
+        for image in ["member", "agent"] {
+            command.arg(format!("--{image}-digest={DIGEST}"));
+        }
+        let output = command.envs(variables.iter().cloned()).output().expect("it runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(output.status.success(), "{more:?}: {}", text(&output.stderr));
+        (text(&output.stdout), text(&output.stderr))
+    };
+    let (joined, notes) = join(&[]);
+    let joined: Value = serde_json::from_str(&joined).expect("JSON");
+    let engines = json!(["Calico (kube-system/node-agent)"]);
+    let expected = json!({
+        "apiVersion": "cli.hanse.dev/v1", "kind": "Result", "cluster": "train", "namespace": "hanse", "release": "hanse",
+        "enforcement": "Enforce", "policyEngines": engines, "nodes": 2,
+    });
+    assert_eq!(joined, expected, "what enforces goes on: {notes}");
+    assert!(!notes.contains("join token"), "a cluster that has joined needs no token: {notes}");
+    let (manifests, notes) = join(&["--release=second", "--dry-run"]);
+    assert!(manifests.contains("- --enforcement=Observe\n"), "{manifests}");
+    assert!(notes.contains("Calico (kube-system/node-agent) enforces policy here"), "{notes}");
+}
+
+/// Where the agent of a node keeps its files.
+fn agent_folder(scratch: &Path, cluster: &str, node: u8) -> PathBuf {
+    scratch.join(cluster).join("nodes").join(format!("node-{node}/var/lib/hanse/agent"))
+}
+
+/// What no object, node or file of a cluster may contain after `hanse uninstall`.
+async fn nothing_is_left(cluster: &Cluster, fabric: &Fabric, scratch: &Path) {
+    let kubectl = |arguments: &[&str]| {
+        let output = cluster.server.kubectl().expect("kubectl").args(arguments).output().expect("it runs");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let name = cluster.name();
+    let kinds = kubectl(&["api-resources", "--verbs=list", "-o", "name"]);
+    let kinds: Vec<&str> = kinds.lines().filter(|it| !it.starts_with("events")).collect();
+    assert!(kinds.contains(&"clusterroles.rbac.authorization.k8s.io"), "{kinds:?}");
+    let found = kubectl(&["get", &kinds.join(","), "--all-namespaces", "-o", "name"]);
+    let left: Vec<&str> = found.lines().filter(|it| it.contains("hanse")).collect();
+    assert!(left.is_empty() && found.contains("namespace/kube-system"), "{name}: {left:?}");
+    let nodes = kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].spec.taints[*].key}"]);
+    assert!(!nodes.contains("hanse.dev"), "{name}: {nodes}");
+    for number in [1, 2] {
+        let node = fabric.node(name, &format!("node-{number}")).expect("a node");
+        let rules = node.enter(|| Command::new("nft").args(["list", "ruleset"]).output()).expect("nft");
+        assert!(rules.status.success(), "{name}: node-{number}: {rules:?}");
+        assert!(!String::from_utf8_lossy(&rules.stdout).contains("hanse"), "{name}: node-{number}: {rules:?}");
+        let folder = agent_folder(scratch, name, number);
+        assert!(!folder.exists(), "{name}: {}", folder.display());
+    }
 }

@@ -1,7 +1,7 @@
 //! `hanse`: the command-line tool of platform teams.
 //!
 //! Each group of commands is a module. [`policy`] reads directories of manifests; without `--cluster`, its `explain` and
-//! `matrix` query the members of a running federation through the hub. Commands print a table for people, or JSON or YAML for
+//! `matrix` query the members of a running federation through the hub. [`install`] runs Helm. Commands print a table for people, or JSON or YAML for
 //! programs. The keys of JSON and the exit codes are contracts: see `README.md` of this crate.
 
 // Output may contain text from other parties. `hanse_runtime::text` escapes it.
@@ -17,14 +17,15 @@ use clap_complete::CompleteEnv;
 use clap_complete::env::Shells;
 
 mod completion;
+mod install;
 mod online;
 mod output;
 mod policy;
 
 /// Zero-trust policy for a federation of Kubernetes clusters.
 ///
-/// `hanse policy` reads directories of manifests and works without a hub. All other commands call a hub, as the user of a
-/// context file.
+/// `hanse policy` reads directories of manifests and works without a hub. `hanse install`, `join` and `uninstall` call the API servers of
+/// clusters, as the user of a kubeconfig. All other commands call a hub, as the user of a context file.
 ///
 /// Exit codes: 0 success; 1 the answer is no, the command failed, or a manifest was refused; 2 the command line or an
 /// expression is malformed.
@@ -87,6 +88,9 @@ enum Command {
     Node(online::node::Command),
     Wait(online::wait::Wait),
     Version(online::version::Version),
+    Install(install::Install),
+    Join(install::Join),
+    Uninstall(install::Uninstall),
     /// Print the completion script of a shell.
     ///
     /// The script completes commands, options, and names from the hub of HANSE_CONTEXT. Load it when a shell starts:
@@ -126,6 +130,9 @@ fn main() -> ExitCode {
         Command::Node(command) => command.run(context),
         Command::Wait(command) => command.run(context),
         Command::Version(command) => command.run(context),
+        Command::Install(command) => command.run(),
+        Command::Join(command) => command.run(),
+        Command::Uninstall(command) => command.run(),
         Command::Completion { shell } => print_completion(shell),
     };
     outcome.unwrap_or_else(|error| {

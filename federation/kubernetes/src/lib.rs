@@ -48,6 +48,22 @@ impl Access {
         Ok(config)
     }
 
+    /// As [`Self::client`], for a command of a user: without a file, what `kubectl` would use.
+    ///
+    /// # Errors
+    /// When a file, or what it names, cannot be read.
+    pub async fn user_client(&self) -> anyhow::Result<Client> {
+        if self.kubeconfig.is_some() {
+            return self.client().await;
+        }
+        let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
+        let file = "read the kubeconfig (KUBECONFIG, or ~/.kube/config); --kubeconfig names another one";
+        let kubeconfig = Kubeconfig::read().context(file)?;
+        let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await.context(file)?;
+        config.connect_timeout = Some(ANSWER_WITHIN);
+        Client::try_from(config).context(file)
+    }
+
     /// Connects to the API server.
     ///
     /// # Errors

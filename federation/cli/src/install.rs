@@ -1,0 +1,146 @@
+//! `hanse install`, `join` and `uninstall`: the chart of this version, installed with Helm from PATH, and what is needed around it.
+//!
+//! Everything is done with the caller's own rights in the clusters. The commands may be repeated: they go on where an earlier one ended.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use crate::output::Format;
+
+mod engines;
+mod helm;
+mod hub;
+mod join;
+mod target;
+mod uninstall;
+
+pub use hub::Install;
+pub use join::Join;
+pub use uninstall::Uninstall;
+
+/// How often pods and objects are looked at while something is awaited.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// The release, and what all of its pods need.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Release")]
+pub struct Settings {
+    #[command(flatten)]
+    place: Place,
+    /// Registry, with a path, that has the images `hanse-hub`, `hanse-member` and `hanse-agent`.
+    #[arg(long, value_name = "REGISTRY", value_parser = registry)]
+    registry: String,
+    /// Value of the chart; repeatable. It takes precedence over values files and over the other options.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// File with values of the chart; repeatable.
+    #[arg(long = "values", value_name = "FILE")]
+    values: Vec<PathBuf>,
+    /// Timeout for each step, in seconds.
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+    /// Print the manifests that would be installed, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Format of the result.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+/// Where a release is.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Place {
+    /// Namespace of the release.
+    #[arg(long, value_name = "NAME", default_value = "hanse", value_parser = label)]
+    namespace: String,
+    /// Name of the Helm release.
+    #[arg(long, value_name = "NAME", default_value = "hanse", value_parser = label)]
+    release: String,
+}
+
+impl Settings {
+    fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout)
+    }
+}
+
+/// Runs a command that calls API servers.
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    hanse_identity::tls::install_provider();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(work)
+}
+
+/// A registry as the chart accepts it.
+fn registry(text: &str) -> Result<String, String> {
+    let host = text.split('/').next().unwrap_or_default();
+    match text {
+        "" => Err("it is empty".to_owned()),
+        _ if text.contains("://") => Err("it is HOST[:PORT][/PATH], without a scheme".to_owned()),
+        _ if text.ends_with('/') => Err("it ends in a slash".to_owned()),
+        _ if text.contains('@') || text[host.len()..].contains(':') => {
+            Err("it has no tag and no digest: the digests of images have options of their own".to_owned())
+        }
+        _ if text.contains(char::is_whitespace) => Err("it contains a space".to_owned()),
+        _ => Ok(text.to_owned()),
+    }
+}
+
+/// The digest of an image.
+fn digest(text: &str) -> Result<String, String> {
+    let digits = text.strip_prefix("sha256:").unwrap_or_default();
+    match digits.len() == 64 && digits.bytes().all(|it| matches!(it, b'0'..=b'9' | b'a'..=b'f')) {
+        true => Ok(text.to_owned()),
+        false => Err("it is not sha256: and 64 hexadecimal digits; a tag is not a digest".to_owned()),
+    }
+}
+
+/// The name of a namespace, a release or a cluster.
+fn label(text: &str) -> Result<String, String> {
+    let allowed = |it: u8| matches!(it, b'a'..=b'z' | b'0'..=b'9' | b'-');
+    // A release has at most 53 characters.
+    match (1..=53).contains(&text.len()) && text.bytes().all(allowed) && !text.starts_with('-') && !text.ends_with('-')
+    {
+        true => Ok(text.to_owned()),
+        false => Err("it is not a DNS label of at most 53 characters: a-z, 0-9, and - inside".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registry_has_no_scheme_and_no_tag() {
+        for text in ["registry.example", "registry.example:5000/hanse", "localhost:5000", "[2001:db8::1]:5000/a"] {
+            // The port of an IPv6 address is part of the host.
+            assert_eq!(registry(text).as_deref(), Ok(text));
+        }
+        for text in ["", "https://registry.example", "registry.example/", "registry.example/a:1", "a/b@sha256:1", "a b"]
+        {
+            assert!(registry(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn digest_is_sha256() {
+        let digits = "0123456789abcdef".repeat(4);
+        assert!(digest(&format!("sha256:{digits}")).is_ok());
+        for text in [digits.clone(), format!("sha256:{}", &digits[1..]), format!("sha256:{}", digits.to_uppercase())] {
+            assert!(digest(&text).is_err(), "{text}");
+        }
+        assert!(digest("latest").is_err());
+    }
+
+    #[test]
+    fn name_is_a_label() {
+        for text in ["hanse", "a", "a-1"] {
+            assert!(label(text).is_ok(), "{text}");
+        }
+        for text in ["", "Hanse", "-a", "a-", "a.b", &"a".repeat(54)] {
+            assert!(label(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Helm, with the chart that this program carries.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use anyhow::{Context as _, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use super::target::Target;
+use super::{Place, Settings};
+
+/// The files of the chart, by their path.
+const CHART: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/chart.rs"));
+
+/// Helm for one release of one cluster.
+#[derive(Debug)]
+pub struct Helm {
+    target: Target,
+    place: Place,
+    /// The chart, and the values of one run.
+    folder: TempDir,
+}
+
+impl Helm {
+    /// Finds Helm, and writes the chart to a temporary folder.
+    pub async fn new(target: &Target, place: &Place) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("hanse-").tempdir().context("create a temporary folder")?;
+        for (name, content) in CHART {
+            let path = folder.path().join("chart").join(name);
+            let write = || {
+                std::fs::create_dir_all(path.parent().unwrap_or(folder.path()))?;
+                std::fs::write(&path, content)
+            };
+            write().with_context(|| format!("write {}", path.display()))?;
+        }
+        let this = Self { target: target.clone(), place: place.clone(), folder };
+        let version = this.run(&["version", "--template", "{{.Version}}"]).await?;
+        let mut numbers = version.trim_start_matches('v').split('.').map(|it| it.parse::<u32>().unwrap_or(0));
+        if (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) < (3, 14) {
+            bail!("Helm {version} is too old: 3.14 or newer is needed");
+        }
+        Ok(this)
+    }
+
+    fn chart(&self) -> PathBuf {
+        self.folder.path().join("chart")
+    }
+
+    async fn run<A: Into<OsString> + Clone>(&self, arguments: &[A]) -> anyhow::Result<String> {
+        let mut command = Command::new("helm");
+        command.args(arguments.iter().cloned().map(Into::into));
+        command.args(["--namespace", &self.place.namespace]);
+        if let Some(file) = &self.target.kubeconfig {
+            command.arg("--kubeconfig").arg(file);
+        }
+        if let Some(context) = &self.target.kube_context {
+            command.arg("--kube-context").arg(context);
+        }
+        command.stdin(Stdio::null()).kill_on_drop(true);
+        let output = command.output().await.map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                anyhow::anyhow!("`helm` is not in PATH: install Helm 3.14 or newer, or install the chart of deploy/chart another way")
+            }
+            _ => anyhow::Error::from(error).context("start helm"),
+        })?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        if !output.status.success() {
+            let what = arguments.first().cloned().map(Into::into).unwrap_or_default();
+            let why = text(&output.stderr);
+            bail!("helm {}: {}", what.display(), why.strip_prefix("Error: ").unwrap_or(&why));
+        }
+        Ok(text(&output.stdout))
+    }
+
+    /// Installs the release, or upgrades it: then values that are not given stay. Returns what Helm prints.
+    pub async fn install(&self, values: &Value, settings: &Settings) -> anyhow::Result<String> {
+        let file = self.folder.path().join("values.json");
+        std::fs::write(&file, values.to_string()).with_context(|| format!("write {}", file.display()))?;
+        let mut arguments: Vec<OsString> =
+            vec!["upgrade".into(), self.place.release.clone().into(), self.chart().into()];
+        let timeout = format!("{}s", settings.timeout);
+        for flag in ["--install", "--reset-then-reuse-values", "--hide-notes"] {
+            arguments.push(flag.into());
+        }
+        match settings.dry_run {
+            true => arguments.push("--dry-run=server".into()),
+            false => arguments.extend(["--wait".into(), "--timeout".into(), timeout.into()]),
+        }
+        for file in [&file].into_iter().chain(&settings.values) {
+            arguments.extend(["--values".into(), file.into()]);
+        }
+        for set in &settings.set {
+            arguments.extend(["--set".into(), set.into()]);
+        }
+        self.run(&arguments).await
+    }
+
+    /// Upgrades the release with one more value, without waiting. All others stay.
+    pub async fn set(&self, set: &str) -> anyhow::Result<()> {
+        let chart = self.chart();
+        let arguments: [OsString; 7] = [
+            "upgrade".into(),
+            self.place.release.clone().into(),
+            chart.into(),
+            "--reset-then-reuse-values".into(),
+            "--hide-notes".into(),
+            "--set".into(),
+            set.into(),
+        ];
+        self.run(&arguments).await.map(drop)
+    }
+
+    /// The values of the release, with the defaults; `None` if it does not exist.
+    pub async fn values(&self) -> anyhow::Result<Option<Value>> {
+        let releases =
+            self.run(&["list", "--all", "--output", "json", "--filter", &format!("^{}$", self.place.release)]).await?;
+        let releases: Value = serde_json::from_str(&releases).context("read the answer of `helm list`")?;
+        if releases.as_array().is_none_or(Vec::is_empty) {
+            return Ok(None);
+        }
+        let values = self.run(&["get", "values", &self.place.release, "--all", "--output", "json"]).await?;
+        serde_json::from_str(&values).context("read the answer of `helm get values`").map(Some)
+    }
+
+    /// Removes the release.
+    pub async fn uninstall(&self, timeout: u64) -> anyhow::Result<()> {
+        let timeout = format!("{timeout}s");
+        let arguments = ["uninstall", &self.place.release, "--ignore-not-found", "--wait", "--timeout", &timeout];
+        self.run(&arguments).await.map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use super::*;
+
+    fn read(folder: &Path, below: &Path, found: &mut BTreeMap<String, Vec<u8>>) {
+        for entry in std::fs::read_dir(folder).expect("a folder") {
+            let (path, kind) = entry.map(|it| (it.path(), it.file_type().expect("a type"))).expect("an entry");
+            if kind.is_dir() {
+                read(&path, below, found);
+            } else {
+                let name = path.strip_prefix(below).expect("it is below").display().to_string();
+                found.insert(name, std::fs::read(&path).expect("it is read"));
+            }
+        }
+    }
+
+    #[test]
+    fn chart_is_that_of_the_repository() {
+        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/chart");
+        let mut expected = BTreeMap::new();
+        read(&chart, &chart, &mut expected);
+        let carried = CHART.iter().map(|(name, content)| ((*name).to_owned(), content.to_vec())).collect();
+        assert!(expected.contains_key("templates/agent.yaml") && expected == carried, "build the command again");
+    }
+}

@@ -1,0 +1,195 @@
+//! A cluster, as its administrator sees it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use hanse_kubernetes::{Access, answered};
+use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams};
+use kube::{Api, Client, ResourceExt as _};
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::{LOOK_EVERY, Place};
+use crate::output;
+
+/// The owner of the fields that these commands write.
+pub const FIELD_MANAGER: &str = "hanse";
+/// The label of objects that these commands created, and may delete.
+pub const CREATED: (&str, &str) = ("app.kubernetes.io/managed-by", "hanse");
+/// The oldest minor version of Kubernetes 1 that is supported.
+const MINOR: u32 = 31;
+
+/// Which cluster.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Target {
+    /// kubeconfig file of the cluster [default: the files of KUBECONFIG, or ~/.kube/config].
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig; by default its current one.
+    #[arg(long, value_name = "NAME")]
+    pub kube_context: Option<String>,
+}
+
+impl Target {
+    /// Connects, and checks that the API server serves a supported version.
+    pub async fn open(&self) -> anyhow::Result<Client> {
+        let access = Access { kubeconfig: self.kubeconfig.clone(), context: self.kube_context.clone() };
+        let at = || format!("connect to the cluster of {}", self.title());
+        let client = access.user_client().await.with_context(at)?;
+        let version = answered(client.apiserver_version()).await.with_context(at)?;
+        let minor = version.minor.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0);
+        if version.major == "1" && minor < MINOR {
+            bail!(
+                "the cluster of {} runs Kubernetes {}: 1.{MINOR} or newer is needed",
+                self.title(),
+                version.git_version
+            );
+        }
+        Ok(client)
+    }
+
+    /// The context, for people.
+    pub fn title(&self) -> String {
+        match (&self.kube_context, &self.kubeconfig) {
+            (Some(context), _) => format!("context {context}"),
+            (None, Some(file)) => file.display().to_string(),
+            (None, None) => "the current context".to_owned(),
+        }
+    }
+}
+
+/// A kind of `hanse.dev`.
+pub fn custom_resources(client: &Client, kind: &str, plural: &str) -> Api<DynamicObject> {
+    let gvk = GroupVersionKind::gvk(hanse_api::hanse::GROUP, hanse_api::hanse::VERSION, kind);
+    Api::all_with(client.clone(), &ApiResource::from_gvk_with_plural(&gvk, plural))
+}
+
+/// The status of a condition; `None`: it has none.
+pub fn condition<'a>(object: &'a DynamicObject, kind: &str) -> Option<(&'a str, &'a str)> {
+    let conditions = object.data["status"]["conditions"].as_array()?;
+    let found = conditions.iter().find(|it| it["type"] == kind)?;
+    Some((found["status"].as_str()?, found["message"].as_str().unwrap_or_default()))
+}
+
+/// Creates the namespace of a release. Agents need the Pod Security level `privileged`.
+pub async fn create_namespace(client: &Client, name: &str, privileged: bool) -> anyhow::Result<()> {
+    const LEVEL: &str = "pod-security.kubernetes.io/enforce";
+    let api: Api<Namespace> = Api::all(client.clone());
+    let doing = || format!("create the namespace {name}");
+    let Some(namespace) = answered(api.get_opt(name)).await.with_context(doing)? else {
+        let mut labels = json!({CREATED.0: CREATED.1});
+        if privileged {
+            labels[LEVEL] = json!("privileged");
+        }
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+        answered(api.patch(name, &PatchParams::apply(FIELD_MANAGER), &Patch::Apply(&namespace)))
+            .await
+            .with_context(doing)?;
+        output::note(format_args!("namespace {name} created"));
+        return Ok(());
+    };
+    match namespace.labels().get(LEVEL).map(String::as_str) {
+        Some(level) if privileged && level != "privileged" => bail!(
+            "the namespace {name} has the Pod Security level {level}, but agents use the network of their nodes: \
+             kubectl label --overwrite namespace {name} {LEVEL}=privileged"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// The Service of the hub.
+pub async fn hub_service(client: &Client, place: &Place) -> anyhow::Result<Option<Service>> {
+    let api: Api<Service> = Api::namespaced(client.clone(), &place.namespace);
+    let labels = format!("app.kubernetes.io/component=hub,app.kubernetes.io/instance={}", place.release);
+    let found =
+        answered(api.list(&ListParams::default().labels(&labels))).await.context("look for the hub's Service")?;
+    let serves = |service: &Service, name: &str| {
+        let ports = service.spec.iter().flat_map(|it| it.ports.iter().flatten());
+        ports.into_iter().any(|port| port.name.as_deref() == Some(name))
+    };
+    let is_headless = |service: &Service| service.spec.iter().any(|it| it.cluster_ip.as_deref() == Some("None"));
+    Ok(found.items.into_iter().find(|it| serves(it, "hub") && serves(it, "join") && !is_headless(it)))
+}
+
+/// The host at which a Service is reached from outside of its cluster.
+pub fn outside_host(service: &Service) -> Option<String> {
+    let ingress = service.status.as_ref()?.load_balancer.as_ref()?.ingress.as_ref()?;
+    ingress.iter().find_map(|it| it.ip.clone().or_else(|| it.hostname.clone()))
+}
+
+/// What the pods of a release do, in words: `hub 1/1, agent 2/3 (ImagePullBackOff)`.
+async fn pods(client: &Client, place: &Place) -> anyhow::Result<String> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), &place.namespace);
+    let labels = format!("app.kubernetes.io/name=hanse,app.kubernetes.io/instance={}", place.release);
+    let list = answered(api.list(&ListParams::default().labels(&labels))).await?;
+    let mut components = std::collections::BTreeMap::<String, (usize, usize, Option<String>)>::new();
+    for pod in list.items.iter().filter(|it| it.metadata.deletion_timestamp.is_none()) {
+        let component = pod.labels().get("app.kubernetes.io/component").cloned().unwrap_or_default();
+        let (ready, all, why) = components.entry(component).or_default();
+        let Some(status) = &pod.status else { continue };
+        let conditions = || status.conditions.iter().flatten();
+        let is_ready = conditions().any(|it| it.type_ == "Ready" && it.status == "True");
+        (*ready, *all) = (*ready + usize::from(is_ready), *all + 1);
+        if !is_ready && why.is_none() {
+            let containers =
+                status.init_container_statuses.iter().flatten().chain(status.container_statuses.iter().flatten());
+            let waiting = containers.filter_map(|it| it.state.as_ref()?.waiting.as_ref()?.reason.clone()).next();
+            let unscheduled = conditions().find(|it| it.type_ == "PodScheduled" && it.status == "False");
+            *why = waiting.or_else(|| unscheduled.and_then(|it| it.message.clone().or_else(|| it.reason.clone())));
+        }
+    }
+    let text = |(component, (ready, all, why)): (String, (usize, usize, Option<String>))| match why {
+        Some(why) => format!("{component} {ready}/{all} ({why})"),
+        None => format!("{component} {ready}/{all}"),
+    };
+    Ok(components.into_iter().map(text).collect::<Vec<_>>().join(", "))
+}
+
+/// Runs `work`, and meanwhile tells what the pods of a release do, each time that changes. Returns with the result what they did last.
+pub async fn followed<T>(client: &Client, place: &Place, work: impl Future<Output = T>) -> (T, String) {
+    let mut said = String::new();
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            result = &mut work => return (result, said),
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+        }
+        // A read that fails is tried again; what Helm reports is the result.
+        if let Ok(now) = pods(client, place).await
+            && !now.is_empty()
+            && now != said
+        {
+            output::note(format_args!("  ready: {now}"));
+            said = now;
+        }
+    }
+}
+
+/// Waits until `look` returns a value. It also returns what to tell meanwhile.
+pub async fn until<T>(
+    timeout: Duration,
+    what: &str,
+    mut look: impl AsyncFnMut() -> anyhow::Result<Result<T, String>>,
+) -> anyhow::Result<T> {
+    let (start, mut said) = (Instant::now(), String::new());
+    loop {
+        let found = look().await;
+        let why = match found {
+            Ok(Ok(found)) => return Ok(found),
+            Ok(Err(why)) => why,
+            // The API server may be away for a moment.
+            Err(error) if start.elapsed() >= timeout => return Err(error.context(what.to_owned())),
+            Err(error) => format!("{error:#}"),
+        };
+        if start.elapsed() >= timeout {
+            bail!("{what}: not within {} s: {why}", timeout.as_secs());
+        }
+        if why != said {
+            output::note(format_args!("  {why}"));
+            said = why;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}

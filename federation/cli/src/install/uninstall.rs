@@ -1,0 +1,393 @@
+//! `hanse uninstall`: removes a release, the rules of its nodes, and everything that the release or these commands created.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use hanse_kubernetes::answered;
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, PersistentVolumeClaim, Pod, Secret};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
+use kube::core::NamespaceResourceScope;
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::helm::Helm;
+use super::join::{JOIN_SECRET, ignore_missing};
+use super::target::{CREATED, Target, custom_resources, until};
+use super::{Place, block_on};
+use crate::output::{self, Format, UsageError};
+
+/// Kinds of custom resources.
+const PAGE: u32 = 500;
+
+/// Remove Hanse from a cluster: the rules of its nodes, the Helm release, and everything that they created.
+///
+/// First, agents are replaced by pods that remove all rules and files of their node: from then on, all traffic of the node's pods is
+/// allowed. When that is done on all nodes, the release, its volumes, Secrets, Leases and taints are removed, and the namespace, if
+/// `hanse install` or `hanse join` created it. With --hub-context or --hub-kubeconfig, the cluster is also removed from its ClusterSet.
+///
+/// In the management cluster, this removes the ClusterSet: the root key, and all custom resources of hanse.dev. That needs
+/// --delete-clusterset, and that no cluster belongs to it.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  hanse uninstall --kube-context train --hub-context management
+  hanse uninstall --kube-context management --delete-clusterset")]
+pub struct Uninstall {
+    #[command(flatten, next_help_heading = "Cluster")]
+    target: Target,
+    #[command(flatten)]
+    place: Place,
+    /// kubeconfig file of the management cluster, which removes the cluster [default: as --kubeconfig, with --hub-context].
+    #[arg(long, value_name = "FILE", env = "HANSE_KUBECONFIG", help_heading = "Hub")]
+    hub_kubeconfig: Option<PathBuf>,
+    /// Context of the management cluster.
+    #[arg(long, value_name = "NAME", help_heading = "Hub")]
+    hub_context: Option<String>,
+    /// Remove the hub, its root key and all custom resources of hanse.dev.
+    #[arg(long)]
+    delete_clusterset: bool,
+    /// Go on where nodes do not answer (their rules and files stay), and where clusters still belong to the ClusterSet (they keep its
+    /// policies in force).
+    #[arg(long)]
+    force: bool,
+    /// Timeout for each step, in seconds.
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+    /// Format of the result.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Uninstalled {
+    namespace: String,
+    release: String,
+    /// The cluster that the release was; `None`: it had no member.
+    cluster: Option<String>,
+    /// Nodes whose rules and files were removed.
+    nodes: usize,
+    /// What stays, and why.
+    left: Vec<String>,
+}
+
+/// The agents of a release.
+pub struct Agents {
+    wanted: usize,
+    updated: usize,
+    pub ready: usize,
+}
+
+/// The state of the agents; `None`: the release has none.
+pub async fn agents(client: &Client, place: &Place) -> anyhow::Result<Option<Agents>> {
+    let api: Api<DaemonSet> = Api::namespaced(client.clone(), &place.namespace);
+    let labels = format!("{},app.kubernetes.io/component=agent", of(place));
+    let found =
+        answered(api.list(&ListParams::default().labels(&labels))).await.context("read the DaemonSet of the agents")?;
+    let Some(set) = found.items.into_iter().next() else { return Ok(None) };
+    let Some(status) = &set.status else { return Ok(Some(Agents { wanted: usize::MAX, updated: 0, ready: 0 })) };
+    let number = |it: Option<i32>| usize::try_from(it.unwrap_or_default()).unwrap_or_default();
+    if status.observed_generation != set.metadata.generation {
+        return Ok(Some(Agents { wanted: number(Some(status.desired_number_scheduled)), updated: 0, ready: 0 }));
+    }
+    Ok(Some(Agents {
+        wanted: number(Some(status.desired_number_scheduled)),
+        updated: number(status.updated_number_scheduled),
+        ready: number(Some(status.number_ready)),
+    }))
+}
+
+/// The labels of all objects of a release.
+fn of(place: &Place) -> String {
+    format!("app.kubernetes.io/name=hanse,app.kubernetes.io/instance={}", place.release)
+}
+
+impl Uninstall {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        block_on(self.uninstall())
+    }
+
+    async fn uninstall(self) -> anyhow::Result<ExitCode> {
+        let Self { target, place, .. } = &self;
+        let client = target.open().await?;
+        let hub = match (&self.hub_kubeconfig, &self.hub_context) {
+            (None, None) => None,
+            (file, context) => {
+                let file = file.clone().or_else(|| target.kubeconfig.clone());
+                Some(Target { kubeconfig: file, kube_context: context.clone() }.open().await?)
+            }
+        };
+        let helm = Helm::new(target, place).await?;
+        let Some(values) = helm.values().await? else {
+            bail!("no Helm release {} in namespace {} of {}", place.release, place.namespace, target.title());
+        };
+        let has = |component: &str| values[component]["enabled"] == true;
+        if has("hub") && !self.delete_clusterset {
+            let text = "the release contains the hub of the ClusterSet, with its root key: to remove it, give --delete-clusterset";
+            return Err(UsageError(text.to_owned()).into());
+        }
+        let cluster = has("member").then(|| values["member"]["cluster"].as_str().unwrap_or_default().to_owned());
+        if has("hub") {
+            self.check_clusters(&client, cluster.as_deref()).await?;
+        }
+        let mut left = Vec::new();
+        let nodes = if has("agent") { self.clean_nodes(&client, &helm, &mut left).await? } else { 0 };
+        output::note(format_args!("removing release {} of {}", place.release, target.title()));
+        helm.uninstall(self.timeout).await?;
+        self.remove_rest(&client, &values).await?;
+        if has("hub") {
+            self.remove_custom_resources(&client).await?;
+        }
+        if let Some(cluster) = &cluster {
+            remove_taints(&client).await?;
+            match &hub {
+                Some(hub) => self.leave(hub, cluster).await?,
+                None if has("hub") => {}
+                None => left.push(format!(
+                    "MemberCluster {cluster} of the management cluster: kubectl delete membercluster {cluster}, or --hub-context"
+                )),
+            }
+        }
+        self.remove_namespace(&client, &mut left).await?;
+        let uninstalled =
+            Uninstalled { namespace: place.namespace.clone(), release: place.release.clone(), cluster, nodes, left };
+        let count = output::count(nodes, "node");
+        let done = match has("agent") {
+            true => format!("Hanse is removed from {}, and its rules from {count}", target.title()),
+            false => format!("Hanse is removed from {}", target.title()),
+        };
+        output::done(self.output, &uninstalled, done)?;
+        if !uninstalled.left.is_empty() {
+            output::note_list("What stays:", &uninstalled.left);
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// No other cluster belongs to the ClusterSet.
+    async fn check_clusters(&self, client: &Client, own: Option<&str>) -> anyhow::Result<()> {
+        let api = custom_resources(client, "MemberCluster", "memberclusters");
+        let clusters: Vec<String> =
+            list(&api).await?.iter().map(ResourceExt::name_any).filter(|it| Some(it.as_str()) != own).collect();
+        if clusters.is_empty() || self.force {
+            return Ok(());
+        }
+        bail!(
+            "clusters belong to the ClusterSet: {}; remove Hanse from them first (`hanse uninstall`), delete their MemberClusters, or \
+             give --force: then they keep its policies in force",
+            clusters.join(", ")
+        );
+    }
+
+    /// Removes the rules and files of all nodes. Returns the number of nodes.
+    async fn clean_nodes(&self, client: &Client, helm: &Helm, left: &mut Vec<String>) -> anyhow::Result<usize> {
+        output::note("removing the rules of all nodes: all traffic of their pods is then allowed");
+        helm.set("agent.cleanup=true").await?;
+        let clean = until(std::time::Duration::from_secs(self.timeout), "remove the rules of nodes", async || {
+            Ok(match agents(client, &self.place).await? {
+                None => Ok(0),
+                Some(it) if it.updated >= it.wanted && it.ready >= it.wanted => Ok(it.wanted),
+                Some(it) => Err(format!("rules removed from {} of {} nodes", it.updated.min(it.ready), it.wanted)),
+            })
+        });
+        match clean.await {
+            Ok(nodes) => Ok(nodes),
+            Err(error) => {
+                let nodes = self.unclean(client).await?;
+                if !self.force {
+                    let nodes = if nodes.is_empty() { String::new() } else { format!(" on {}", nodes.join(", ")) };
+                    return Err(error.context(format!(
+                        "rules may be in force{nodes}: repeat the command when these nodes are ready, or give --force"
+                    )));
+                }
+                left.extend(nodes.iter().map(|node| format!("rules and /var/lib/hanse of node {node}")));
+                Ok(agents(client, &self.place).await?.map_or(0, |it| it.wanted.saturating_sub(nodes.len())))
+            }
+        }
+    }
+
+    /// Nodes with a pod of the agents that has not removed their rules.
+    async fn unclean(&self, client: &Client) -> anyhow::Result<Vec<String>> {
+        let api: Api<Pod> = Api::namespaced(client.clone(), &self.place.namespace);
+        let labels = format!("{},app.kubernetes.io/component=agent", of(&self.place));
+        let pods = answered(api.list(&ListParams::default().labels(&labels))).await.context("read the agents' pods")?;
+        let is_clean = |pod: &Pod| {
+            let spec = pod.spec.as_ref();
+            let arguments =
+                spec.into_iter().flat_map(|it| it.containers.iter().flat_map(|it| it.args.iter().flatten()));
+            let conditions = pod.status.iter().flat_map(|it| it.conditions.iter().flatten());
+            arguments.into_iter().any(|it| it == "cleanup")
+                && conditions.into_iter().any(|it| it.type_ == "Ready" && it.status == "True")
+        };
+        let unclean = pods.items.iter().filter(|pod| !is_clean(pod));
+        Ok(unclean.filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect())
+    }
+
+    /// Objects of the release's namespace that Helm keeps, or that the programs created.
+    async fn remove_rest(&self, client: &Client, values: &Value) -> anyhow::Result<()> {
+        let labels = of(&self.place);
+        let name = match self.place.release.contains("hanse") {
+            true => self.place.release.clone(),
+            false => format!("{}-hanse", self.place.release),
+        };
+        let namespace = &self.place.namespace;
+        delete_labelled::<PersistentVolumeClaim>(client, namespace, &labels).await?;
+        delete_labelled::<Secret>(client, namespace, &labels).await?;
+        delete_labelled::<ConfigMap>(client, namespace, &labels).await?;
+        delete_labelled::<Lease>(client, namespace, &labels).await?;
+        // The programs create them without the labels of the release.
+        let leases: Api<Lease> = Api::namespaced(client.clone(), namespace);
+        for lease in answered(leases.list(&ListParams::default())).await.context("list Leases")? {
+            let lease = lease.name_any();
+            if lease.starts_with(&format!("{name}-")) || lease == "hanse-hub-operator" {
+                delete(&leases, &lease).await?;
+            }
+        }
+        let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
+        let token = values["member"]["hub"]["tokenSecret"]["name"].as_str().filter(|it| *it == JOIN_SECRET);
+        if let Some(token) = token {
+            delete(&secrets, token).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes all kinds of hanse.dev, with their objects. The hub does not run any more: nobody else removes its finalizer.
+    async fn remove_custom_resources(&self, client: &Client) -> anyhow::Result<()> {
+        let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
+        let all =
+            answered(definitions.list(&ListParams::default())).await.context("list custom resource definitions")?;
+        let mut ours: Vec<_> = all.items.into_iter().filter(|it| it.spec.group == hanse_api::hanse::GROUP).collect();
+        // Secrets of tokens belong to them, but are garbage only after a while.
+        let tokens = custom_resources(client, "ClusterJoinToken", "clusterjointokens");
+        let secrets: Api<Secret> = Api::namespaced(client.clone(), &self.place.namespace);
+        for token in list(&tokens).await.unwrap_or_default() {
+            if let Some(secret) = token.data["spec"]["secretName"].as_str() {
+                delete(&secrets, secret).await?;
+            }
+        }
+        ours.sort_by_key(ResourceExt::name_any);
+        for definition in &ours {
+            let (kind, plural) = (&definition.spec.names.kind, &definition.spec.names.plural);
+            let api = custom_resources(client, kind, plural);
+            let objects = list(&api).await.with_context(|| format!("list {plural}"))?;
+            delete(&definitions, &definition.name_any()).await?;
+            for object in objects.iter().filter(|it| !it.finalizers().is_empty()) {
+                let none = json!({"metadata": {"finalizers": null}});
+                let patched =
+                    async { Ok(api.patch(&object.name_any(), &PatchParams::default(), &Patch::Merge(&none)).await) };
+                answered(patched)
+                    .await?
+                    .map(drop)
+                    .or_else(ignore_missing)
+                    .with_context(|| format!("release {kind} {}", object.name_any()))?;
+            }
+            let what = format!("remove the definition of {kind}");
+            until(std::time::Duration::from_secs(self.timeout), &what, async || {
+                Ok(match answered(definitions.get_opt(&definition.name_any())).await? {
+                    None => Ok(()),
+                    Some(_) => Err(format!("objects of {kind} are being deleted")),
+                })
+            })
+            .await?;
+        }
+        output::note(format_args!("{} of hanse.dev removed, with their objects", output::count(ours.len(), "kind")));
+        Ok(())
+    }
+
+    /// Removes the cluster from the ClusterSet.
+    async fn leave(&self, hub: &Client, cluster: &str) -> anyhow::Result<()> {
+        for (kind, plural) in [("ClusterJoinToken", "clusterjointokens"), ("MemberCluster", "memberclusters")] {
+            let api = custom_resources(hub, kind, plural);
+            delete(&api, cluster).await?;
+            let what = format!("remove {kind} {cluster}");
+            until(std::time::Duration::from_secs(self.timeout), &what, async || {
+                Ok(match answered(api.get_opt(cluster)).await? {
+                    None => Ok(()),
+                    Some(_) => Err(format!("the hub's operator has not removed {kind} {cluster} yet")),
+                })
+            })
+            .await?;
+        }
+        output::note(format_args!("cluster {cluster} removed from the ClusterSet"));
+        Ok(())
+    }
+
+    /// Removes the namespace, if these commands created it.
+    async fn remove_namespace(&self, client: &Client, left: &mut Vec<String>) -> anyhow::Result<()> {
+        let (api, name): (Api<Namespace>, _) = (Api::all(client.clone()), &self.place.namespace);
+        let Some(namespace) = answered(api.get_opt(name)).await.with_context(|| format!("read namespace {name}"))?
+        else {
+            return Ok(());
+        };
+        if namespace.labels().get(CREATED.0).is_none_or(|by| by != CREATED.1) {
+            left.push(format!("namespace {name}, which another program created"));
+            return Ok(());
+        }
+        delete(&api, name).await?;
+        until(std::time::Duration::from_secs(self.timeout), &format!("remove namespace {name}"), async || {
+            Ok(match answered(api.get_opt(name)).await? {
+                None => Ok(()),
+                Some(_) => Err(format!("objects of namespace {name} are being deleted")),
+            })
+        })
+        .await
+    }
+}
+
+/// All objects of a kind; none if the kind does not exist.
+async fn list(api: &Api<DynamicObject>) -> anyhow::Result<Vec<DynamicObject>> {
+    let (mut found, mut parameters) = (Vec::new(), ListParams::default().limit(PAGE));
+    loop {
+        let page = match answered(async { Ok(api.list(&parameters).await) }).await? {
+            Err(kube::Error::Api(status)) if status.code == 404 => return Ok(found),
+            page => page.map_err(|error| anyhow::anyhow!(hanse_kubernetes::message(error)))?,
+        };
+        parameters.continue_token = page.metadata.continue_.filter(|it| !it.is_empty());
+        found.extend(page.items);
+        if parameters.continue_token.is_none() {
+            return Ok(found);
+        }
+    }
+}
+
+async fn delete<K: Clone + std::fmt::Debug + DeserializeOwned>(api: &Api<K>, name: &str) -> anyhow::Result<()> {
+    let deleted = answered(async { Ok(api.delete(name, &DeleteParams::default()).await) }).await?;
+    deleted.map(drop).or_else(ignore_missing).with_context(|| format!("delete {name}"))
+}
+
+async fn delete_labelled<K>(client: &Client, namespace: &str, labels: &str) -> anyhow::Result<()>
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned,
+{
+    let api: Api<K> = Api::namespaced(client.clone(), namespace);
+    let parameters = ListParams::default().labels(labels);
+    let deleted = answered(api.delete_collection(&DeleteParams::default(), &parameters)).await;
+    deleted.map(drop).with_context(|| format!("delete {} of the release", K::plural(&())))
+}
+
+/// Removes the taint of nodes that wait for an agent.
+async fn remove_taints(client: &Client) -> anyhow::Result<()> {
+    const TAINT: &str = "hanse.dev/agent-not-ready";
+    let api: Api<Node> = Api::all(client.clone());
+    for node in answered(api.list(&ListParams::default())).await.context("list nodes")? {
+        let Some(taints) = node.spec.as_ref().and_then(|it| it.taints.as_ref()) else { continue };
+        let kept: Vec<_> = taints.iter().filter(|it| it.key != TAINT).collect();
+        if kept.len() == taints.len() {
+            continue;
+        }
+        let name = node.name_any();
+        // Only if no other taint has changed since.
+        let patch = json!({
+            "metadata": {"resourceVersion": node.resource_version()}, "spec": {"taints": kept},
+        });
+        answered(api.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)))
+            .await
+            .with_context(|| format!("remove the taint {TAINT} of node {name}"))?;
+    }
+    Ok(())
+}
