@@ -24,6 +24,7 @@ mod objects;
 mod reconcile;
 mod resource;
 mod status;
+mod statuses;
 mod tracked;
 mod writer;
 
@@ -150,6 +151,7 @@ impl Operator {
                     reconciler.take(resource, event);
                 }
                 changed = view.changed() => if changed.is_err() { return },
+                () = reconciler.written() => {}
                 () = tokio::time::sleep_until(not_before + EVERY) => {}
             }
             tokio::time::sleep_until(not_before).await;

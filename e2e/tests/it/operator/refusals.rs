@@ -76,3 +76,70 @@ fn object_that_the_api_server_does_not_let_change_delays_no_other() {
         world.until("it is released", || !world.kubectl(&["get", "fnp/p0"]).0).await;
     });
 }
+
+/// A webhook whose server accepts connections and answers nothing: a status of an object with the label is not written for long.
+const SILENT: &str = "apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingWebhookConfiguration
+metadata: {name: silent}
+webhooks:
+- name: silent.test.example
+  failurePolicy: Fail
+  sideEffects: None
+  timeoutSeconds: 30
+  admissionReviewVersions: [v1]
+  objectSelector: {matchLabels: {silent: 'true'}}
+  clientConfig: {url: 'https://ADDRESS/'}
+  rules:
+  - {apiGroups: [hanse.dev], apiVersions: ['*'], operations: [UPDATE], resources: ['*/status'], scope: '*'}
+";
+
+#[test]
+fn status_that_is_not_answered_delays_no_change() {
+    run(async {
+        let world = World::start().await;
+        world.apply(&format!("{TIER}---\n{}---\n{}", policy("slow", DENY), policy("other", DENY)));
+        for name in ["fnp/slow", "fnp/other"] {
+            world.until("accepted", || world.condition(name, "Accepted")[0] == "True").await;
+        }
+        let server = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        server.set_nonblocking(true).expect("changed");
+        world.succeed(&["label", "fnp/slow", "silent=true"]);
+        world.apply(&SILENT.replace("ADDRESS", &server.local_addr().expect("an address").to_string()));
+        // The change of the label has no other effect. Each change of the spec makes a new status, which is not answered.
+        let change = |name: &str, number: usize| {
+            let patch = format!(r#"{{"spec":{{"order":{number}}}}}"#);
+            world.succeed(&["patch", "fnp", name, "--type=merge", "-p", &patch]);
+        };
+        let is_stored = |name: &str, number: usize| {
+            world.hanse(&["get", "fnp", name, "-o", "yaml"]).1.contains(&format!("order: {number}"))
+        };
+        let is_written = || {
+            let object = world.succeed(&["get", "fnp", "slow", "-o", "json"]);
+            let object: serde_json::Value = serde_json::from_str(&object).expect("JSON");
+            object["status"]["observedGeneration"] == object["metadata"]["generation"]
+        };
+        let mut connections = Vec::new();
+        for number in 1.. {
+            change("slow", number);
+            let called = || match server.accept() {
+                Ok((connection, _)) => Some(connections.push(connection)),
+                Err(_) => None,
+            };
+            let called = std::cell::RefCell::new(called);
+            world.until("the API server asks", || (called.borrow_mut())().is_some()).await;
+            drop(called);
+            let failures =
+                || world.hub_log().matches("not written").count() + world.hub_log().matches("not reconciled").count();
+            let before = failures();
+            change("other", number);
+            world.until("stored", || is_stored("other", number)).await;
+            // No request has ended meanwhile, unless the machine is very slow.
+            if failures() == before && !is_written() {
+                break;
+            }
+            assert!(number < 5, "each change waited for a status: {}", world.hub_log());
+        }
+        world.succeed(&["delete", "validatingwebhookconfiguration", "silent"]);
+        world.until("it is written when the API server can", is_written).await;
+    });
+}

@@ -50,8 +50,8 @@ impl Install {
     async fn install(self) -> anyhow::Result<ExitCode> {
         let Self { target, settings, hub_digest } = self;
         let place = &settings.place;
-        let client = target.open().await?;
         let helm = Helm::new(&target, place).await?;
+        let client = target.open().await?;
         let is_upgrade = helm.values().await?.is_some();
         let mut values = json!({
             "image": {"registry": settings.registry},

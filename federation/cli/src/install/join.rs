@@ -114,6 +114,7 @@ impl Join {
 
     async fn join_cluster(self) -> anyhow::Result<ExitCode> {
         let (settings, place, name) = (&self.settings, &self.settings.place, &self.cluster);
+        let helm = Helm::new(&self.target, place).await?;
         let client = self.target.open().await?;
         let management = Target {
             kubeconfig: self.hub_kubeconfig.clone().or_else(|| self.target.kubeconfig.clone()),
@@ -123,7 +124,6 @@ impl Join {
             client: management.open().await?,
             place: Place { namespace: self.hub_namespace.clone(), release: self.hub_release.clone() },
         };
-        let helm = Helm::new(&self.target, place).await?;
         let before = helm.values().await?.unwrap_or_default();
         let other = before["member"]["cluster"].as_str().filter(|other| !other.is_empty() && other != name);
         if let Some(other) = other {

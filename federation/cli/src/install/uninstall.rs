@@ -22,7 +22,7 @@ use super::target::{CREATED, Target, custom_resources, until};
 use super::{Place, block_on};
 use crate::output::{self, Format, UsageError};
 
-/// Kinds of custom resources.
+/// Objects in a page of a list.
 const PAGE: u32 = 500;
 
 /// Remove Hanse from a cluster: the rules of its nodes, the Helm release, and everything that they created.
@@ -115,6 +115,7 @@ impl Uninstall {
 
     async fn uninstall(self) -> anyhow::Result<ExitCode> {
         let Self { target, place, .. } = &self;
+        let helm = Helm::new(target, place).await?;
         let client = target.open().await?;
         let hub = match (&self.hub_kubeconfig, &self.hub_context) {
             (None, None) => None,
@@ -123,7 +124,6 @@ impl Uninstall {
                 Some(Target { kubeconfig: file, kube_context: context.clone() }.open().await?)
             }
         };
-        let helm = Helm::new(target, place).await?;
         let Some(values) = helm.values().await? else {
             bail!("no Helm release {} in namespace {} of {}", place.release, place.namespace, target.title());
         };

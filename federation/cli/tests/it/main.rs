@@ -5,6 +5,7 @@ mod calico_oracle;
 mod corpus;
 mod findings;
 mod folders;
+mod install;
 mod json;
 mod kustomize;
 mod lint;

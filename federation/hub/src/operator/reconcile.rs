@@ -26,6 +26,7 @@ use tracing::{info, warn};
 use super::condition::{PENDING, Refusal};
 use super::objects::Defaults;
 use super::resource::{Key, Resource};
+use super::statuses::Statuses;
 use super::tracked::{Pending, Refused, Tracked};
 use super::writer::{Patched, Write, Writer};
 use crate::administration::{Administration, OperatorEdit, is_pending_stage};
@@ -60,6 +61,7 @@ pub struct Reconciler {
     adopting: Option<(Backoff, Instant)>,
     /// The first objects of the hub without a custom resource, and the number of all.
     without_resource: (Vec<ObjectId>, usize),
+    statuses: Statuses,
     /// The time that the last pass computed.
     busy: Duration,
 }
@@ -84,6 +86,7 @@ impl Reconciler {
             undecided: BTreeMap::new(),
             adopting: None,
             without_resource: Default::default(),
+            statuses: Statuses::default(),
             busy: Duration::ZERO,
         }
     }
@@ -163,8 +166,8 @@ impl Reconciler {
             self.issue().await,
             self.delete().await,
             self.settle().await,
-            self.write_statuses().await,
         ];
+        self.write_statuses();
         self.count();
         outcomes.into_iter().collect()
     }
@@ -207,13 +210,13 @@ impl Reconciler {
         let lacks = |it: &Tracked| !it.is_leaving && !it.has_finalizer() && it.may_write(now);
         let all = self.ready().filter(|(_, it)| lacks(it));
         let writes = all.map(|(key, it)| (key.clone(), Write::finalizer(key, it))).collect();
-        self.send(writes).await.1
+        self.send(writes).await
     }
 
-    /// Sends writes; returns which were made. An object that is gone or replaced is left to the watch. One that the API server refuses
+    /// Sends writes. An object that is gone or replaced is left to the watch. One that the API server refuses
     /// is tried again later, and does not keep the others waiting.
-    async fn send(&mut self, writes: Vec<(Key, Write)>) -> (Vec<Key>, anyhow::Result<()>) {
-        let (mut made, mut outcome, mut refused) = (Vec::new(), Ok(()), BTreeMap::<Resource, usize>::new());
+    async fn send(&mut self, writes: Vec<(Key, Write)>) -> anyhow::Result<()> {
+        let (mut outcome, mut refused) = (Ok(()), BTreeMap::<Resource, usize>::new());
         for (key, patched) in self.writer.send(writes).await {
             match patched {
                 Patched::Made(object) => {
@@ -224,7 +227,6 @@ impl Reconciler {
                         self.tracked.remove(&key);
                     }
                     self.tracked.get_mut(&key).into_iter().for_each(Tracked::write_accepted);
-                    made.push(key);
                 }
                 Patched::Gone => {}
                 Patched::Refused(why) => {
@@ -242,7 +244,7 @@ impl Reconciler {
         for (resource, refused) in refused.into_iter().filter(|(_, count)| *count > 1) {
             warn!(kind = resource.name(), refused, "the API server refuses writes of the operator");
         }
-        (made, outcome)
+        outcome
     }
 
     /// Writes what differs to the store.
@@ -378,7 +380,7 @@ impl Reconciler {
                     released.push((key, Write::release(tracked)));
                 }
             }
-            let sent = self.send(released).await.1;
+            let sent = self.send(released).await;
             outcome = outcome.and(sent);
         }
         outcome

@@ -209,6 +209,13 @@ impl Tracked {
         self.manifest = None;
     }
 
+    /// Whether `object` is this version or a later one of the same object. Versions of an object are numbers that increase.
+    pub fn precedes(&self, object: &DynamicObject) -> bool {
+        let number = |version: Option<&str>| version?.parse::<u64>().ok();
+        let versions = number(Some(&self.version)).zip(number(object.metadata.resource_version.as_deref()));
+        object.metadata.uid.as_ref() == Some(&self.uid) && versions.is_none_or(|(own, other)| own <= other)
+    }
+
     pub fn may_write(&self, now: Instant) -> bool {
         self.retry.as_ref().is_none_or(|(_, at)| *at <= now)
     }

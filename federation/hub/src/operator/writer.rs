@@ -18,7 +18,7 @@ use hanse_kubernetes::{answered, message};
 /// The owner of the fields that the operator writes.
 pub const FIELD_MANAGER: &str = "hanse-operator";
 /// Requests to the API server at the same time.
-const CONCURRENT: usize = 8;
+pub const CONCURRENT: usize = 8;
 
 /// A write of one object.
 #[derive(Debug)]
@@ -46,6 +46,7 @@ pub enum Patched {
 }
 
 /// Writes custom resources, and Events about them.
+#[derive(Clone)]
 pub struct Writer {
     pub client: Client,
     pub recorder: Recorder,
@@ -103,7 +104,8 @@ impl Writer {
         futures::stream::iter(writes).map(send).buffer_unordered(CONCURRENT).collect().await
     }
 
-    async fn write(&self, key: &Key, write: Write) -> Patched {
+    /// Sends one write.
+    pub async fn write(&self, key: &Key, write: Write) -> Patched {
         let (api, kind) = (self.api(key.resource), write.name());
         let applying = PatchParams::apply(FIELD_MANAGER).force();
         let writing = async {
@@ -148,15 +150,7 @@ impl Writer {
     }
 
     /// An Event about a refusal. Where it cannot be written, the condition says the same.
-    pub async fn publish(&self, key: &Key, object: &Tracked, reason: String, message: &str) {
-        let reference = ObjectReference {
-            api_version: Some("hanse.dev/v1alpha1".to_owned()),
-            kind: Some(key.resource.name().to_owned()),
-            name: Some(key.name.to_string()),
-            uid: Some(object.uid.clone()),
-            resource_version: Some(object.version.clone()),
-            ..ObjectReference::default()
-        };
+    pub async fn publish(&self, key: &Key, reference: ObjectReference, reason: String, message: &str) {
         // At most 1 KiB.
         let note = message.chars().take(250).collect();
         let event =
@@ -168,6 +162,18 @@ impl Writer {
                 warn!(object = %key, error = format!("{error:#}"), "event not written");
             }
         }
+    }
+}
+
+/// What an Event about an object refers to.
+pub fn reference(key: &Key, object: &Tracked) -> ObjectReference {
+    ObjectReference {
+        api_version: Some("hanse.dev/v1alpha1".to_owned()),
+        kind: Some(key.resource.name().to_owned()),
+        name: Some(key.name.to_string()),
+        uid: Some(object.uid.clone()),
+        resource_version: Some(object.version.clone()),
+        ..ObjectReference::default()
     }
 }
 

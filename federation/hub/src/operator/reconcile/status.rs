@@ -1,10 +1,11 @@
-//! Writes the statuses that differ, as far as the allowance of each object permits.
+//! Writes the statuses that differ, as far as the allowance of each object permits, and without waiting for the answers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::Value;
 use tokio::time::Instant;
+use tracing::warn;
 
 use super::Reconciler;
 use super::{cluster_set, tokens};
@@ -13,11 +14,14 @@ use crate::operator::members;
 use crate::operator::metrics::{Objects, STATES};
 use crate::operator::resource::{Key, Resource};
 use crate::operator::status::{Facts, State};
+use crate::operator::statuses::Refusal;
 use crate::operator::tracked::{Details, Tracked};
-use crate::operator::writer::Write;
+use crate::operator::writer::{Patched, Write, reference};
 
 impl Reconciler {
-    pub(super) async fn write_statuses(&mut self) -> anyhow::Result<()> {
+    /// Sends the statuses that differ, and takes the answers to earlier ones. Waits for none.
+    pub(super) fn write_statuses(&mut self) {
+        self.take_written();
         let now = Instant::now();
         let due: Vec<(Key, Value, Written)> = {
             let (snapshot, key_exchanges) = (self.registry.snapshot(), self.administration.key_exchanges());
@@ -25,34 +29,65 @@ impl Reconciler {
             let is_due = |(_, it): &(&Key, &Tracked)| {
                 it.may_write(now) && it.has_finalizer() && (!it.is_leaving || it.blocked.is_some())
             };
+            let has_room = |(key, _): &(&Key, &Tracked)| self.statuses.has_room(key);
             let status = |(key, it): (&Key, &Tracked)| {
                 let status = self.status(key, it, &state, &key_exchanges);
                 let written = Written::of(Some(&status));
                 (key.clone(), status, written)
             };
-            self.ready().filter(is_due).map(status).collect()
+            self.ready().filter(is_due).filter(has_room).map(status).collect()
         };
         self.busy += now.elapsed();
-        let (mut writes, mut refusals) = (Vec::new(), Vec::new());
         for (key, status, written) in due {
             let Some(tracked) = self.tracked.get_mut(&key) else { continue };
             let urgency = tracked.status.difference(&written);
-            if !urgency.is_some_and(|urgency| tracked.allowance.permits(urgency, now)) {
+            let is_permitted = urgency.is_some_and(|urgency| tracked.allowance.permits(urgency, now));
+            if !is_permitted || !self.statuses.has_room(&key) {
                 continue;
             }
             tracked.allowance.written(now);
-            if let Some((reason, message)) = refusal(&status).filter(|_| tracked.status.has_new_refusal(&written)) {
-                refusals.push((key.clone(), reason.to_owned(), message.to_owned()));
-            }
-            writes.push((key.clone(), Write::status(&key, tracked, status)));
+            let refusal = refusal(&status).filter(|_| tracked.status.has_new_refusal(&written));
+            let refusal = refusal.map(|(reason, message)| Refusal {
+                about: reference(&key, tracked),
+                reason: reason.to_owned(),
+                message: message.to_owned(),
+            });
+            let write = Write::status(&key, tracked, status);
+            self.statuses.send(&self.writer, key, write, refusal);
         }
-        let (made, outcome) = self.send(writes).await;
-        for (key, reason, message) in refusals.into_iter().filter(|(key, ..)| made.contains(key)) {
-            if let Some(tracked) = self.tracked.get(&key) {
-                self.writer.publish(&key, tracked, reason, &message).await;
+    }
+
+    /// Waits until a status is written. Cancel safe.
+    pub async fn written(&mut self) {
+        self.statuses.written().await;
+    }
+
+    /// Takes the answers to statuses. One that failed is sent again later, and delays nothing else.
+    fn take_written(&mut self) {
+        let (now, mut failed) = (Instant::now(), 0_usize);
+        for (key, patched) in self.statuses.take() {
+            let why = match patched {
+                Patched::Made(object) => {
+                    // The watch may have reported a later version meanwhile.
+                    if self.tracked.get(&key).is_some_and(|it| it.precedes(&object)) {
+                        self.take_object(key.resource, &object);
+                    }
+                    self.tracked.get_mut(&key).into_iter().for_each(Tracked::write_accepted);
+                    continue;
+                }
+                Patched::Gone => continue,
+                Patched::Refused(why) => why,
+                Patched::Failed(error) => format!("{error:#}"),
+            };
+            failed += 1;
+            if failed == 1 {
+                warn!(object = %key, error = why, "status not written");
             }
+            self.tracked.get_mut(&key).into_iter().for_each(|it| it.write_refused(now));
         }
-        outcome
+        if failed > 1 {
+            warn!(failed, "statuses not written");
+        }
     }
 
     fn status(
