@@ -13,6 +13,7 @@ pub mod identity;
 pub mod metrics;
 pub mod pod_ranges;
 mod prober;
+pub mod reviews;
 pub mod snapshot;
 pub mod status;
 pub mod sync;

@@ -16,6 +16,7 @@ use hanse_agent::enforcer::{Enforcer, Options, Started};
 use hanse_agent::identity::{Enrolment, NodeIdentity, Proof};
 use hanse_agent::metrics::AgentMetrics;
 use hanse_agent::pod_ranges;
+use hanse_agent::reviews::MemberReview;
 use hanse_agent::status::{self, Status};
 use hanse_agent::sync::Follower;
 use hanse_agent::{backend, flows};
@@ -24,7 +25,7 @@ use hanse_identity::{tls, token};
 use hanse_runtime::health::{Health, Writes};
 use hanse_runtime::metrics::Metrics;
 use hanse_runtime::moment::rfc3339;
-use hanse_runtime::monitor::{Page, serve};
+use hanse_runtime::monitor::{MetricsOptions, Reviews, serve_health, serve_metrics};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::text::Versioned;
 use hanse_runtime::{files, logging, settings, text};
@@ -96,12 +97,8 @@ struct RunArgs {
     /// Serve health and readiness over HTTP at this address.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
-    /// Serve Prometheus metrics over HTTP at this address: a loopback address, unless a token is required.
-    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
-    metrics_listen: Option<SocketAddr>,
-    /// File with the bearer token that the metrics require, readable by its owner, and at most by a group of this process.
-    #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
-    metrics_token_file: Option<PathBuf>,
+    #[command(flatten)]
+    metrics: MetricsOptions,
 }
 
 #[derive(Debug, Args)]
@@ -285,11 +282,10 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
     let in_sync = health.condition("in sync with the member");
     shutdown.tell(&health);
     if let Some(address) = args.health_listen {
-        serve(address, Page::Health(health), &shutdown).await?;
+        serve_health(address, &health, &shutdown).await?;
     }
-    if let Some(address) = args.metrics_listen {
-        serve(address, Page::metrics(&metrics, args.metrics_token_file.as_deref())?, &shutdown).await?;
-    }
+    let reviewer = MemberReview::default();
+    serve_metrics(&args.metrics, &metrics, Ok(Reviews::new(reviewer.clone())), &shutdown).await?;
     let (status, statuses) = watch::channel(Status::default());
     let (node, data) = (args.node, args.data);
     // Keeps the thread running when the task that follows the member ends.
@@ -353,6 +349,7 @@ async fn run(args: RunArgs) -> anyhow::Result<()> {
                 async move { flows::report(&mut *windows.lock().await, state, identity, members, metrics, stop).await }
             });
         }
+        reviewer.enrolled(identity.clone(), member.clone());
         follower.run(identity, member, stop).await;
         anyhow::Ok(())
     });

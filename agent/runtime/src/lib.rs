@@ -11,6 +11,7 @@ pub mod logging;
 pub mod metrics;
 pub mod moment;
 pub mod monitor;
+pub mod places;
 pub mod rate_limit;
 pub mod retry;
 pub mod settings;

@@ -19,6 +19,7 @@ use hanse_hub::server::{Hub, Options, default_store, init_with, is_initialised};
 use hanse_hub::transfer::{self, Copied};
 use hanse_identity::{TrustDomain, tls};
 use hanse_kubernetes::Access;
+use hanse_runtime::monitor::MetricsOptions;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::{logging, settings, text};
 use hanse_store::StoreUrl;
@@ -157,12 +158,8 @@ struct RunArgs {
     /// Serve health and readiness over HTTP at this address.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
-    /// Serve Prometheus metrics over HTTP at this address: a loopback address, unless a token is required.
-    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
-    metrics_listen: Option<SocketAddr>,
-    /// File with the bearer token that the metrics require, readable by its owner, and at most by a group of this process.
-    #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
-    metrics_token_file: Option<PathBuf>,
+    #[command(flatten)]
+    metrics: MetricsOptions,
     /// Lease of a cluster. When the hub has received nothing from a cluster for this number of seconds, policies treat the cluster's
     /// endpoints as unknown.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Clusters", value_parser = clap::value_parser!(u64).range(5..=86_400))]
@@ -178,8 +175,9 @@ struct RunArgs {
     /// `hanse delete` and `hanse cluster accept` are refused.
     #[arg(long, help_heading = "Operator")]
     operator: bool,
-    /// File with the address and the credentials of the management cluster. Without it, the operator uses the service account of its pod.
-    #[arg(long, value_name = "FILE", help_heading = "Operator", requires = "operator")]
+    /// File with the address and the credentials of the management cluster, for the operator and for reviews of tokens. Without it, the
+    /// hub uses the service account of its pod.
+    #[arg(long, value_name = "FILE", help_heading = "Operator")]
     kubeconfig: Option<PathBuf>,
     /// Context of the kubeconfig file; by default its current one.
     #[arg(long, value_name = "NAME", help_heading = "Operator", requires = "kubeconfig")]
@@ -264,6 +262,10 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Run(args) => {
             let args = *args;
+            anyhow::ensure!(
+                args.kubeconfig.is_none() || args.operator || args.metrics.token_review,
+                "--kubeconfig is for --operator and --metrics-token-review"
+            );
             let data = args.data.unwrap_or_default();
             let shutdown = Shutdown::default();
             let webhook = args.webhook_listen.zip(args.webhook_service.or(args.webhook_url));
@@ -273,14 +275,15 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
                 configuration: args.webhook_configuration,
                 lifetime: Duration::from_secs(args.webhook_certificate_seconds),
             });
+            let management = Access { kubeconfig: args.kubeconfig, context: args.context };
             let options = Options {
                 health_listen: args.health_listen,
-                metrics_listen: args.metrics_listen,
-                metrics_token_file: args.metrics_token_file,
+                api_server: args.metrics.token_review.then(|| management.clone()),
+                metrics: args.metrics,
                 lease: Duration::from_secs(args.lease_seconds),
                 restored: args.restored,
                 key_file: args.key_file,
-                operator: args.operator.then_some(Access { kubeconfig: args.kubeconfig, context: args.context }),
+                operator: args.operator.then_some(management),
                 webhook,
                 lifetimes: Lifetimes { leaf: Duration::from_secs(args.certificate_seconds), ..Lifetimes::default() },
                 ..Options::new(data, args.listen, args.join_listen)

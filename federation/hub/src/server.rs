@@ -12,6 +12,7 @@ use hanse_identity::tls::{
     Connections, CredentialStore, IncomingLimits, Peer, PresentedAuthority, ServerTls, Trust, http2_server, incoming,
 };
 use hanse_identity::{Identity, TrustDomain};
+use hanse_kubernetes::metrics::MetricsReview;
 use hanse_proto::federation::v1::administration_server::AdministrationServer;
 use hanse_proto::federation::v1::exchange_server::ExchangeServer;
 use hanse_proto::federation::v1::inquiries_server::InquiriesServer;
@@ -21,7 +22,7 @@ use hanse_proto::federation::v1::renewal_server::RenewalServer;
 use hanse_runtime::files;
 use hanse_runtime::health::{Condition, Health};
 use hanse_runtime::metrics::Metrics;
-use hanse_runtime::monitor::{self, Page};
+use hanse_runtime::monitor::{MetricsOptions, Reviews, serve_health, serve_metrics};
 use hanse_runtime::shutdown::Shutdown;
 use hanse_store::{Prefix, Store, StoreError, StoreUrl};
 use tokio_util::sync::CancellationToken;
@@ -79,9 +80,7 @@ pub struct Options {
     pub listen: SocketAddr,
     pub join_listen: SocketAddr,
     pub health_listen: Option<SocketAddr>,
-    pub metrics_listen: Option<SocketAddr>,
-    /// The file of the bearer token that metrics require.
-    pub metrics_token_file: Option<PathBuf>,
+    pub metrics: MetricsOptions,
     /// How long a cluster may be silent before its lease ends.
     pub lease: Duration,
     pub lifetimes: Lifetimes,
@@ -89,6 +88,8 @@ pub struct Options {
     pub clock: Clock,
     /// The files are from a backup: members may have newer state, and receive everything again.
     pub restored: bool,
+    /// The API server that reviews the tokens of callers of metrics.
+    pub api_server: Option<Access>,
     /// The management cluster of which the operator reconciles the custom resources.
     pub operator: Option<Access>,
     /// The admission webhook of the management cluster; only with the operator.
@@ -105,8 +106,8 @@ impl Options {
             listen,
             join_listen,
             health_listen: None,
-            metrics_listen: None,
-            metrics_token_file: None,
+            metrics: MetricsOptions::default(),
+            api_server: None,
             lease: Duration::from_secs(30),
             lifetimes: Lifetimes::default(),
             clock: Clock::default(),
@@ -306,12 +307,11 @@ impl Hub {
         let (serving, writing) = (health.condition("serving"), health.condition("store"));
         shutdown.tell(&health);
         if let Some(address) = options.health_listen {
-            monitor::serve(address, Page::Health(health.clone()), shutdown).await?;
+            serve_health(address, &health, shutdown).await?;
         }
-        if let Some(address) = options.metrics_listen {
-            let page = Page::metrics(&metrics, options.metrics_token_file.as_deref())?;
-            monitor::serve(address, page, shutdown).await?;
-        }
+        let reviews = options.api_server.clone().map(|access| Reviews::new(MetricsReview::new(access)));
+        let reviews = reviews.ok_or("the hub has no access to one");
+        serve_metrics(&options.metrics, &metrics, reviews, shutdown).await?;
 
         let authority = match &options.key_file {
             None => Authority::read(&options.data, options.lifetimes).context("read the root")?,

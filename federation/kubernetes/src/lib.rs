@@ -3,6 +3,7 @@
 //! A crate of its own, so that only the programs that need it depend on the client.
 
 pub mod change;
+pub mod metrics;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -81,6 +82,11 @@ pub async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> anyh
     let answer = tokio::time::timeout(ANSWER_WITHIN, request).await;
     let answer = answer.with_context(|| format!("no answer of the API server within {} s", ANSWER_WITHIN.as_secs()))?;
     answer.map_err(|error| anyhow::anyhow!(message(error)))
+}
+
+/// As [`answered`], with the error itself; `None` when there is no answer in time.
+async fn answered_by<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, Option<kube::Error>> {
+    tokio::time::timeout(ANSWER_WITHIN, request).await.map_err(|_| None)?.map_err(Some)
 }
 
 /// What the API server answered, or why it did not, with all causes.

@@ -32,6 +32,7 @@ use hanse_proto::federation::v1::administration_client::AdministrationClient;
 use hanse_protocol::{self, Assembled, Assembler};
 use hanse_ruleset::{Enforcement, RuleSet, UnknownPods};
 use hanse_runtime::files;
+use hanse_runtime::monitor::MetricsOptions;
 use hanse_runtime::shutdown::Shutdown;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -135,8 +136,7 @@ async fn run(shape: Shape) -> anyhow::Result<()> {
         enforcement: Enforcement::Enforce,
         taint_new_nodes: false,
         health_listen: None,
-        metrics_listen: None,
-        metrics_token_file: None,
+        metrics: MetricsOptions::default(),
     };
     let member = tokio::spawn(process::run(options, shutdown.clone()));
     let identity = loop {

@@ -24,6 +24,7 @@ use hanse_member::registration::MemberIdentity;
 use hanse_member::source::{self, Location};
 use hanse_ruleset::{Enforcement, UnknownPods};
 use hanse_runtime::moment::rfc3339;
+use hanse_runtime::monitor::MetricsOptions;
 use hanse_runtime::shutdown::Shutdown;
 use hanse_runtime::text::{Items, Versioned};
 use hanse_runtime::{logging, settings, text};
@@ -286,12 +287,8 @@ struct RunArgs {
     /// Serve health and readiness over HTTP at this address.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
-    /// Serve Prometheus metrics over HTTP at this address: a loopback address, unless a token is required.
-    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
-    metrics_listen: Option<SocketAddr>,
-    /// File with the bearer token that the metrics require, readable by its owner, and at most by a group of this process.
-    #[arg(long, value_name = "FILE", help_heading = "Observability", requires = "metrics_listen")]
-    metrics_token_file: Option<PathBuf>,
+    #[command(flatten)]
+    metrics: MetricsOptions,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -376,8 +373,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                 },
                 taint_new_nodes: args.taint_new_nodes,
                 health_listen: args.health_listen,
-                metrics_listen: args.metrics_listen,
-                metrics_token_file: args.metrics_token_file,
+                metrics: args.metrics,
             };
             let running = process::run(options, shutdown.clone());
             tokio::select! {

@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use hanse_api::inventory::NodeInfo;
 use hanse_exchange::interest::{self, Interest};
+use hanse_kubernetes::metrics::MetricsReview;
 use hanse_policy::model::Layer;
 use hanse_ruleset::{Enforcement, UnknownPods};
 use hanse_runtime::files;
 use hanse_runtime::health::{Condition, Health, Writes};
 use hanse_runtime::metrics::Metrics as Registry;
-use hanse_runtime::monitor::{self, Page};
+use hanse_runtime::monitor::{MetricsOptions, Reviews, serve_health, serve_metrics};
 use hanse_runtime::shutdown::Shutdown;
 use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior};
@@ -67,9 +68,7 @@ pub struct Options {
     /// Nodes that come later have a taint until their agents have rules.
     pub taint_new_nodes: bool,
     pub health_listen: Option<SocketAddr>,
-    pub metrics_listen: Option<SocketAddr>,
-    /// The file of the bearer token that metrics require.
-    pub metrics_token_file: Option<PathBuf>,
+    pub metrics: MetricsOptions,
 }
 
 /// Joins the cluster if necessary, and runs until the shutdown.
@@ -79,7 +78,8 @@ pub struct Options {
 pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     let stop = shutdown.token();
     let _lock = lock_data(&options.data)?;
-    let monitoring = Monitoring::start(&options, &shutdown).await?;
+    let reviews = metrics_reviews(&options);
+    let monitoring = Monitoring::start(&options, reviews.clone(), &shutdown).await?;
     let identity = identity(&options, &stop).await?;
     monitoring.joined.set(true);
     let resolver = Resolver::restore(&options.data, options.hubs.iter().chain(&options.join));
@@ -87,6 +87,7 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     keep_fresh(&options, &identity, &resolver, &shutdown);
     let fanout = Fanout::new(&options.data, options.node_lifetime)?;
     let fanout = fanout.with_writes(monitoring.writes.clone()).with_reviewer(reviewer(&options).await?);
+    let fanout = fanout.with_metrics_reviews(reviews);
     let (inbox, flows) = Inbox::new();
     let (agents, enrolment) =
         fanout.serve(&identity, options.agent_listen, options.enrol_listen, inbox, &shutdown).await?;
@@ -142,7 +143,7 @@ struct Monitoring {
 }
 
 impl Monitoring {
-    async fn start(options: &Options, shutdown: &Shutdown) -> anyhow::Result<Self> {
+    async fn start(options: &Options, reviews: Option<Reviews>, shutdown: &Shutdown) -> anyhow::Result<Self> {
         let (health, registry) = (Health::default(), Registry::default());
         let this = Self {
             joined: health.condition("joined"),
@@ -154,12 +155,10 @@ impl Monitoring {
         };
         shutdown.tell(&health);
         if let Some(address) = options.health_listen {
-            monitor::serve(address, Page::Health(health.clone()), shutdown).await?;
+            serve_health(address, &health, shutdown).await?;
         }
-        if let Some(address) = options.metrics_listen {
-            let page = Page::metrics(&this.registry, options.metrics_token_file.as_deref())?;
-            monitor::serve(address, page, shutdown).await?;
-        }
+        serve_metrics(&options.metrics, &this.registry, reviews.ok_or("it is for --source kubernetes"), shutdown)
+            .await?;
         Ok(this)
     }
 }
@@ -206,6 +205,16 @@ async fn reviewer(options: &Options) -> anyhow::Result<Option<Reviewer>> {
         return Ok(None);
     };
     Ok(Some(Reviewer::new(access.client().await?, agents.clone())))
+}
+
+/// Reviews of the tokens of callers of metrics, of this process and of its agents, which share the verdicts.
+fn metrics_reviews(options: &Options) -> Option<Reviews> {
+    match &options.source {
+        Location::Kubernetes(access) if options.metrics.token_review => {
+            Some(Reviews::new(MetricsReview::new(access.clone())))
+        }
+        Location::Kubernetes(_) | Location::Directory(_) => None,
+    }
 }
 
 /// Starts the thread that reads the source. After a restart, it continues with the last good state.

@@ -7,6 +7,7 @@ use hanse_member::process::{self, Options};
 use hanse_member::source::Location;
 use hanse_proto::federation::v1 as wire;
 use hanse_ruleset::{Enforcement, UnknownPods};
+use hanse_runtime::monitor::MetricsOptions;
 use hanse_runtime::shutdown::Shutdown;
 
 use crate::support::{SOON, TestHub, eventually};
@@ -41,8 +42,7 @@ impl World {
             enforcement: Enforcement::Enforce,
             taint_new_nodes: false,
             health_listen: None,
-            metrics_listen: None,
-            metrics_token_file: None,
+            metrics: MetricsOptions::default(),
         };
         Self { hub, options }
     }

@@ -12,6 +12,7 @@ use hanse_proto::agent::v1 as wire;
 use hanse_protocol::reason::{Failure, wire as report};
 use hanse_protocol::{encode, generation, parse_digest, parse_generation};
 use hanse_ruleset::{Delta, Digest};
+use hanse_runtime::monitor::Verdict;
 use hanse_runtime::rate_limit::RateLimit;
 use hanse_runtime::supervisor::caught;
 use tokio::sync::{mpsc, watch};
@@ -104,6 +105,27 @@ impl wire::agents_server::Agents for Service {
         }
         self.flows.take(node, request.into_inner())?;
         Ok(Response::new(wire::FlowsTaken {}))
+    }
+
+    async fn review_metrics_token(
+        &self,
+        request: Request<wire::MetricsToken>,
+    ) -> Result<Response<wire::MetricsVerdict>, Status> {
+        let (node, key) = node_of(&request)?;
+        if !self.fanout.shared.keys.allows(&node, &key) {
+            return Err(not_registered(&node));
+        }
+        let Some(reviews) = &self.fanout.shared.metrics_reviews else {
+            return Err(Status::unavailable("the member reviews no tokens: it runs without --metrics-token-review"));
+        };
+        let verdict = reviews.decide(&request.into_inner().token, node).await;
+        let verdict = verdict.map_err(|error| Status::unavailable(error.to_string()))?;
+        let (authenticated, allowed, user) = match verdict {
+            Verdict::Allowed => (true, true, String::new()),
+            Verdict::Forbidden { user } => (true, false, user),
+            Verdict::Unauthenticated => (false, false, String::new()),
+        };
+        Ok(Response::new(wire::MetricsVerdict { authenticated, allowed, user }))
     }
 
     type SyncStream = Pin<Box<dyn Stream<Item = Result<wire::MemberToAgent, Status>> + Send>>;

@@ -12,6 +12,7 @@ use hanse_identity::keys::{Fingerprint, KeyError};
 use hanse_ruleset::Generation;
 use hanse_runtime::files::write_atomic;
 use hanse_runtime::health::Writes;
+use hanse_runtime::monitor::Reviews;
 use ipnet::IpNet;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -60,6 +61,8 @@ pub(super) struct Shared {
     writes: Option<Writes>,
     /// Reviews service-account tokens, if nodes may enrol with them.
     pub(super) reviewer: Option<Reviewer>,
+    /// Reviews the tokens of callers of the agents' metrics.
+    pub(super) metrics_reviews: Option<Reviews>,
     /// Counts changes of any node's status.
     changed: watch::Sender<u64>,
 }
@@ -140,6 +143,7 @@ impl Fanout {
             source,
             writes: None,
             reviewer: None,
+            metrics_reviews: None,
             changed: watch::Sender::new(0),
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -149,6 +153,14 @@ impl Fanout {
     pub fn with_reviewer(mut self, reviewer: Option<Reviewer>) -> Self {
         if let Some(shared) = Arc::get_mut(&mut self.shared) {
             shared.reviewer = reviewer;
+        }
+        self
+    }
+
+    /// Answers agents whether the bearers of tokens may read their metrics.
+    pub fn with_metrics_reviews(mut self, reviews: Option<Reviews>) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.metrics_reviews = reviews;
         }
         self
     }
