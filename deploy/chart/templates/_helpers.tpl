@@ -75,21 +75,31 @@ capabilities: {drop: [ALL]}
 {{- define "hanse.metricsArguments" -}}
 {{- if .root.Values.metrics.enabled }}
 - --metrics-listen={{ .host }}:{{ .port }}
-- --metrics-token-file=/var/run/hanse-metrics/{{ .root.Values.metrics.tokenSecret.key }}
+- --metrics-certificate=/var/run/hanse-metrics/tls.crt
+- --metrics-key=/var/run/hanse-metrics/tls.key
+- --metrics-token-review
 {{- end }}
+{{- end -}}
+
+{{/* The name that the certificate of metrics is for. Each pod presents the same certificate. */}}
+{{- define "hanse.metricsServerName" -}}
+{{ .Values.metrics.tls.serverName | default (printf "%s-metrics.%s.svc" (include "hanse.fullname" .) .Release.Namespace) }}
 {{- end -}}
 
 {{- define "hanse.metricsMount" -}}
 {{- if .Values.metrics.enabled }}
-- {name: metrics-token, mountPath: /var/run/hanse-metrics, readOnly: true}
+- {name: metrics-certificate, mountPath: /var/run/hanse-metrics, readOnly: true}
 {{- end }}
 {{- end -}}
 
 {{- define "hanse.metricsVolume" -}}
 {{- if .root.Values.metrics.enabled }}
-- name: metrics-token
+# A pod starts without it, and serves metrics as soon as it exists.
+- name: metrics-certificate
   secret:
-    secretName: {{ .root.Values.metrics.tokenSecret.name }}
+    secretName: {{ .root.Values.metrics.tls.secretName }}
+    items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]
+    optional: true
     defaultMode: {{ .mode }}
 {{- end }}
 {{- end -}}

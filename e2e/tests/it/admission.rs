@@ -7,11 +7,13 @@ mod rights;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use hanse_e2e::kubernetes::{ApiServer, manifests, until};
+use base64::Engine as _;
+use hanse_e2e::kubernetes::certificates::{Authority, Certified};
+use hanse_e2e::kubernetes::{ApiServer, Options, manifests, until};
 use hanse_e2e::process::Process;
 use serde_json::{Value, json};
 
@@ -25,7 +27,7 @@ const HUB: &str = "system:serviceaccount:hanse:hanse-hub";
 /// The rights of the hub, and the configuration of its webhook, as the chart renders them.
 fn of_chart() -> Vec<Value> {
     let hub = chart::set(chart::set(chart::complete(), "member.enabled", json!(false)), "agent.enabled", json!(false));
-    let webhook = json!({"enabled": true, "from": [{"ipBlock": {"cidr": "127.0.0.1/32"}}]});
+    let webhook = json!({"enabled": true, "clientCA": {"secretName": "api-servers", "names": [API_SERVER]}});
     let hub = chart::set(chart::set(hub, "hub.operator", json!({"enabled": true})), "hub.webhook", webhook);
     let kinds = [
         "ServiceAccount",
@@ -37,6 +39,27 @@ fn of_chart() -> Vec<Value> {
     ];
     let objects = chart::rendered(&hub).into_iter();
     objects.filter(|it| it["kind"].as_str().is_some_and(|it| kinds.contains(&it))).collect()
+}
+
+/// The name of the API server's client certificate.
+const API_SERVER: &str = "kube-apiserver-webhooks";
+
+/// A file with an authority, and the options of an API server that presents a certificate of it to webhooks.
+fn client_authority(folder: &Path) -> Options {
+    let authority = Authority::create("webhooks").expect("an authority");
+    std::fs::write(folder.join("clients.pem"), authority.pem()).expect("written");
+    let Certified { certificate, key } = authority.client(API_SERVER, &[]).expect("a certificate");
+    let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+    let user = json!({"client-certificate-data": encode(&certificate), "client-key-data": encode(&key)});
+    let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "users": [{"name": "*", "user": user}]});
+    let (path, file) = (folder.join("webhooks.kubeconfig"), folder.join("admission.yaml"));
+    std::fs::write(&path, kubeconfig.to_string()).expect("written");
+    let version = "apiserver.config.k8s.io/v1";
+    let plugin = json!({"apiVersion": version, "kind": "WebhookAdmissionConfiguration", "kubeConfigFile": path});
+    let plugins = json!([{"name": "ValidatingAdmissionWebhook", "configuration": plugin}]);
+    let config = json!({"apiVersion": version, "kind": "AdmissionConfiguration", "plugins": plugins});
+    std::fs::write(&file, config.to_string()).expect("written");
+    Options::new("management").argument(&format!("--admission-control-config-file={}", file.display()))
 }
 
 /// Users: all may write policies, as far as RBAC on the kinds goes. `ada` and `bob` may use the tiers `platform` and `strict`, `bob` and
@@ -108,7 +131,9 @@ struct World {
 
 impl World {
     async fn start(certificate_seconds: u64) -> Self {
-        let (server, kubeconfig) = operator::management(&of_chart()).await;
+        let folder = tempfile::tempdir().expect("a folder");
+        let options = client_authority(folder.path());
+        let (server, kubeconfig) = operator::management_with(options, &of_chart()).await;
         let client = server.client().await.expect("a client");
         manifests::apply(&client, "test", USERS).await.expect("it is applied");
         for (role, _) in BINDINGS {
@@ -116,7 +141,6 @@ impl World {
         }
         let ports = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
         let listen = ports.map(|it| it.local_addr().expect("an address"));
-        let folder = tempfile::tempdir().expect("a folder");
         let mut world =
             Self { server, kubeconfig, folder, listen, hub: None, users: RefCell::default(), certificate_seconds };
         let made = world.hub_command("init").output().expect("it runs");
@@ -147,6 +171,8 @@ impl World {
         let webhook = self.listen[2];
         command.arg(format!("--webhook-listen={webhook}")).arg(format!("--webhook-url=https://{webhook}"));
         command.arg(format!("--webhook-certificate-seconds={}", self.certificate_seconds));
+        command.arg(format!("--webhook-client-ca={}", self.folder.path().join("clients.pem").display()));
+        command.arg(format!("--webhook-client-name={API_SERVER}"));
         let before = self.hub_log().matches("hub is serving").count();
         let hub = Process::start_bound(command, &self.folder.path().join("hub.log")).expect("it starts");
         self.hub = Some(hub);

@@ -19,12 +19,12 @@ pub(crate) const NAMESPACE: &str = "hanse";
 /// Helm takes its own version for that of a server that it does not know.
 const VERSION: &str = "v1.36.0";
 const DIGEST: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-/// Where an object of Prometheus' operator may be stored.
-const MONITORING: &str = "apiVersion: apiextensions.k8s.io/v1
+/// Where an object of Prometheus' operator, or of cert-manager, may be stored.
+const DEFINITION: &str = "apiVersion: apiextensions.k8s.io/v1
 kind: CustomResourceDefinition
-metadata: {name: PLURAL.monitoring.coreos.com}
+metadata: {name: PLURAL.GROUP}
 spec:
-  group: monitoring.coreos.com
+  group: GROUP
   names: {kind: KIND, plural: PLURAL}
   scope: Namespaced
   versions:
@@ -93,7 +93,7 @@ pub(crate) fn set(mut values: Value, path: &str, value: Value) -> Value {
 }
 
 /// Sets of values, which between them render every line of the templates.
-fn value_sets() -> BTreeMap<&'static str, Value> {
+pub(crate) fn value_sets() -> BTreeMap<&'static str, Value> {
     let remote = json!(["hub.example:7443", "[2001:db8::1]:7443"]);
     let remote = set(set(complete(), "hub.enabled", json!(false)), "member.hub.addresses", remote);
     let remote = set(remote, "member.hub.joinAddresses", json!(["hub.example:7444"]));
@@ -107,7 +107,13 @@ fn value_sets() -> BTreeMap<&'static str, Value> {
         ("hub.affinity", json!({"podAntiAffinity": {}})),
         ("hub.listenHost", json!("[::]")),
         ("hub.operator", json!({"enabled": true})),
-        ("hub.webhook", json!({"enabled": true, "from": [{"ipBlock": {"cidr": "192.0.2.1/32"}}]})),
+        (
+            "hub.webhook",
+            json!({
+                "enabled": true, "from": [{"ipBlock": {"cidr": "192.0.2.1/32"}}],
+                "clientCA": {"secretName": "api-server-ca", "names": ["kube-apiserver"]},
+            }),
+        ),
         ("hub.resources", json!({"limits": {"cpu": 2}})),
         ("member.hostNetwork", json!(false)),
         ("member.persistence", json!({"enabled": false})),
@@ -118,10 +124,15 @@ fn value_sets() -> BTreeMap<&'static str, Value> {
         ("agent.uplinks", json!(["eth0", "eth1"])),
         ("agent.maxUnavailable", json!(3)),
         ("metrics.enabled", json!(true)),
-        ("metrics.tokenSecret", json!({"name": "metrics"})),
+        (
+            "metrics.tls",
+            json!({"secretName": "metrics-tls", "issuerRef": {"kind": "ClusterIssuer", "name": "internal"}}),
+        ),
+        ("metrics.readers", json!([{"kind": "ServiceAccount", "name": "prometheus", "namespace": "monitoring"}])),
         ("metrics.from", json!([{"namespaceSelector": {"matchLabels": {"a": "b"}}}])),
         ("metrics.serviceMonitor", json!({"enabled": true, "labels": {"release": "prometheus"}})),
         ("metrics.prometheusRule", json!({"enabled": true, "labels": {"release": "prometheus"}})),
+        ("metrics.dashboard", json!({"enabled": true, "annotations": {"grafana_folder": "Network"}})),
     ] {
         all = set(all, path, value);
     }
@@ -206,8 +217,10 @@ fn wrong_values_are_refused_by_name() {
         ("agent.enabled", json!("yes"), "/agent/enabled"),
         ("agent.maxUnavailable", json!("0%"), "/agent/maxUnavailable"),
         ("agent.uplinks", json!(["an interface of a node"]), "/agent/uplinks/0"),
-        ("metrics.enabled", json!(true), "/metrics/tokenSecret/name"),
+        ("metrics.enabled", json!(true), "/metrics/tls/secretName"),
         ("metrics.serviceMonitor.enabled", json!(true), "metrics.enabled"),
+        ("metrics.dashboard.enabled", json!(true), "metrics.enabled"),
+        ("hub.webhook.clientCA.names", json!(["kube-apiserver"]), "hub.webhook.clientCA.secretName"),
         ("hub.enabled", json!(false), "member.hub.addresses"),
         ("member.enabled", json!(false), "member.enabled"),
         (
@@ -219,7 +232,7 @@ fn wrong_values_are_refused_by_name() {
         (
             "hub",
             json!({"image": {"digest": DIGEST}, "operator": {"enabled": true}, "webhook": {"enabled": true}, "enabled": true}),
-            "hub.webhook.from",
+            "hub.webhook.from and hub.webhook.clientCA.secretName",
         ),
         ("hub.webhook.certificateSeconds", json!(1), "/hub/webhook/certificateSeconds"),
     ] {
@@ -274,9 +287,11 @@ fn pods_have_the_least_privileges() {
             assert!(!flag("hostPID") && !flag("hostIPC"), "{at}");
             assert!(!flag("hostNetwork") || is_agent || is_member, "{at}");
             assert_eq!(flag("enableServiceLinks"), is_agent, "{at}: {pod}");
-            // Only the member and the operator call the API server.
-            let is_operator = list(&pod["containers"][0], "args").any(|it| it == "--operator");
-            assert_eq!(pod["automountServiceAccountToken"] == json!(false), !is_member && !is_operator, "{at}");
+            // Only the member and the hub call the API server: for the operator, and to review the tokens of readers of metrics.
+            let has = |argument: &str| list(&pod["containers"][0], "args").any(|it| it == argument);
+            let calls = is_member || has("--operator") || component == "hub" && has("--metrics-token-review");
+            assert_eq!(pod["automountServiceAccountToken"] == json!(false), !calls, "{at}");
+            check_metrics(&at, pod);
             assert_eq!(pod["securityContext"]["seccompProfile"], json!({"type": "RuntimeDefault"}), "{at}");
             for volume in list(pod, "volumes").filter(|it| it["hostPath"].is_object()) {
                 assert!(is_agent && volume["hostPath"]["path"] == "/var/lib/hanse", "{at}: {volume}");
@@ -322,6 +337,63 @@ fn pods_have_the_least_privileges() {
     }
 }
 
+/// Metrics beyond loopback need TLS and reviewed tokens.
+fn check_metrics(at: &str, pod: &Value) {
+    let container = &pod["containers"][0];
+    let arguments: Vec<&str> = list(container, "args").filter_map(Value::as_str).collect();
+    let Some(listen) = arguments.iter().find_map(|it| it.strip_prefix("--metrics-listen=")) else { return };
+    assert!(!listen.starts_with("127."), "{at}: {listen}");
+    let folder = "/var/run/hanse-metrics";
+    for argument in ["--metrics-certificate=FOLDER/tls.crt", "--metrics-key=FOLDER/tls.key", "--metrics-token-review"] {
+        assert!(arguments.contains(&&*argument.replace("FOLDER", folder)), "{at}: {argument}");
+    }
+    let mount = list(container, "volumeMounts").find(|it| it["mountPath"] == folder).expect("a mount");
+    let volume = list(pod, "volumes").find(|it| it["name"] == mount["name"]).expect("a volume");
+    // A pod does not wait for the certificate.
+    let secret = &volume["secret"];
+    assert_eq!((&secret["secretName"], &secret["optional"]), (&json!("metrics-tls"), &json!(true)), "{at}");
+}
+
+/// What a Prometheus server is given fits what pods serve.
+#[test]
+fn prometheus_verifies_and_authenticates() {
+    let objects = rendered(&value_sets()["all options"]);
+    let of = |kind: &str, name: &str| {
+        let found = objects.iter().find(|it| it["kind"] == kind && it["metadata"]["name"] == name);
+        found.unwrap_or_else(|| panic!("{kind} {name}"))
+    };
+    let endpoint = &of("ServiceMonitor", "hanse-metrics")["spec"]["endpoints"][0];
+    let certificate = &of("Certificate", "hanse-metrics")["spec"];
+    assert_eq!((&endpoint["scheme"], &endpoint["port"]), (&json!("https"), &json!("metrics")));
+    assert_eq!(endpoint["tlsConfig"]["ca"]["secret"], json!({"name": "metrics-tls", "key": "ca.crt"}));
+    assert!(endpoint["tlsConfig"]["insecureSkipVerify"].is_null());
+    assert_eq!(certificate["dnsNames"], json!([endpoint["tlsConfig"]["serverName"]]));
+    assert_eq!(certificate["secretName"], "metrics-tls");
+    assert!(endpoint["bearerTokenFile"].is_string() && endpoint["authorization"].is_null());
+    let with_token = set(
+        value_sets()["all options"].clone(),
+        "metrics.serviceMonitor",
+        json!({"enabled": true, "tokenSecret": {"name": "scraper"}}),
+    );
+    let monitor = rendered(&with_token).into_iter().find(|it| it["kind"] == "ServiceMonitor").expect("a monitor");
+    let endpoint = &monitor["spec"]["endpoints"][0];
+    assert_eq!(endpoint["authorization"]["credentials"], json!({"name": "scraper", "key": "token"}));
+    assert!(endpoint["bearerTokenFile"].is_null());
+
+    // Readers have one right, and reviewers two; agents have none.
+    let reader = of("ClusterRole", "hanse-metrics-reader");
+    assert_eq!(reader["rules"], json!([{"nonResourceURLs": ["/metrics"], "verbs": ["get"]}]));
+    assert_eq!(of("ClusterRoleBinding", "hanse-metrics-reader")["subjects"][0]["name"], "prometheus");
+    let subjects = &of("ClusterRoleBinding", "hanse-metrics-review")["subjects"];
+    let subjects: Vec<&str> = subjects.as_array().into_iter().flatten().filter_map(|it| it["name"].as_str()).collect();
+    assert_eq!(subjects, ["hanse-hub", "hanse-member"]);
+    let dashboard = of("ConfigMap", "hanse-metrics-dashboard");
+    assert_eq!(dashboard["metadata"]["labels"]["grafana_dashboard"], "1");
+    let text = dashboard["data"]["hanse.json"].as_str().expect("a text");
+    let file = std::fs::read_to_string(chart().join("files/dashboards/hanse.json")).expect("it is read");
+    assert_eq!(text, file);
+}
+
 /// The ports of a container are those of its listeners, and its probes are those of the listener of health.
 fn check_listeners(at: &str, container: &Value) {
     let mut listeners = BTreeMap::new();
@@ -346,23 +418,6 @@ fn check_listeners(at: &str, container: &Value) {
         let expected = if host == "127.0.0.1" { json!(host) } else { Value::Null };
         assert_eq!(get["host"], expected, "{at}: {probe} reaches the listener");
     }
-}
-
-#[test]
-fn alerts_name_metrics_that_exist() {
-    let page = std::fs::read_to_string(root().join("agent/runtime/METRICS.md")).expect("it is read");
-    let objects = rendered(&value_sets()["all options"]);
-    let rule = objects.iter().find(|it| it["kind"] == "PrometheusRule").expect("a rule");
-    let mut count = 0;
-    for alert in list(rule, "spec").chain(list(&rule["spec"], "groups")).flat_map(|group| list(group, "rules")) {
-        let expression = alert["expr"].as_str().expect("an expression");
-        let is_name = |it: char| it.is_ascii_lowercase() || it == '_';
-        for name in expression.split(|it| !is_name(it)).filter(|it| it.starts_with("hanse_")) {
-            assert!(page.contains(&format!("| `{name}` |")), "{name} of {}", alert["alert"]);
-            count += 1;
-        }
-    }
-    assert!(count >= 6, "{rule:#}");
 }
 
 /// Kind, namespace and name of every object of the server that does not come and go by itself.
@@ -420,8 +475,13 @@ fn releases_come_and_go_on_a_real_api_server() {
         let server = ApiServer::start(&etcd, Options::new("chart")).await.expect("it is ready");
         let _controllers = Controllers::start(&server).await.expect("they work");
         let client = server.client().await.expect("a client");
-        for (kind, plural) in [("ServiceMonitor", "servicemonitors"), ("PrometheusRule", "prometheusrules")] {
-            let definition = MONITORING.replace("KIND", kind).replace("PLURAL", plural);
+        let monitoring = "monitoring.coreos.com";
+        for (kind, plural, group) in [
+            ("ServiceMonitor", "servicemonitors", monitoring),
+            ("PrometheusRule", "prometheusrules", monitoring),
+            ("Certificate", "certificates", "cert-manager.io"),
+        ] {
+            let definition = DEFINITION.replace("KIND", kind).replace("PLURAL", plural).replace("GROUP", group);
             manifests::apply(&client, "test", &definition).await.expect("it is established");
         }
         let namespace = format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {NAMESPACE}}}\n");

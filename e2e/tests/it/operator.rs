@@ -60,8 +60,12 @@ struct World {
 
 /// A management cluster with the definitions and these objects of the chart, and the kubeconfig of the hub's service account.
 pub(crate) async fn management(objects: &[Value]) -> (ApiServer, PathBuf) {
+    management_with(Options::new("management"), objects).await
+}
+
+pub(crate) async fn management_with(options: Options, objects: &[Value]) -> (ApiServer, PathBuf) {
     let etcd = Etcd::start().expect("etcd starts");
-    let server = ApiServer::start(&etcd, Options::new("management")).await.expect("it is ready");
+    let server = ApiServer::start(&etcd, options).await.expect("it is ready");
     let crds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
     let installed = server.kubectl().expect("kubectl").args(["apply", "--server-side", "-f"]).arg(crds).output();
     assert!(installed.expect("it runs").status.success());

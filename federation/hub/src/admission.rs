@@ -8,6 +8,9 @@
 //! log. In a tier with `requireApproval`, a change takes effect when a user with the verb `approve`, who is not its author, creates a
 //! PolicyApproval for it (`approval`).
 //!
+//! API servers authenticate with client certificates where an authority for them is given (`clients`). Without one, the port must be open
+//! to API servers only: a forged review can add an author to a change and so exclude an approver, but approves and opens nothing.
+//!
 //! Each hub has its own key and a self-signed certificate, in memory only. It adds the certificate to the CA bundle of the
 //! ValidatingWebhookConfiguration, serves it when API servers know it, and replaces it well before its end. No key is stored or shared,
 //! and any number of hubs share one configuration.
@@ -15,7 +18,9 @@
 mod access;
 pub mod approval;
 mod approvals;
+mod buffers;
 mod certificate;
+mod clients;
 mod configuration;
 mod listener;
 mod review;
@@ -29,10 +34,12 @@ use kube::Client;
 
 use approvals::Approvals;
 pub use certificate::Certificates;
+pub use clients::ClientOptions;
 use configuration::Keeper;
 pub use configuration::{Address, AddressError, CONFIGURATION, State, webhooks};
 use review::Reviewer;
 
+use crate::metrics::HubMetrics;
 use crate::registry::Registry;
 
 /// How the webhook is served.
@@ -45,6 +52,8 @@ pub struct Options {
     pub configuration: String,
     /// The validity of its certificates.
     pub lifetime: Duration,
+    /// Which API servers may send reviews.
+    pub clients: ClientOptions,
 }
 
 /// The running webhook.
@@ -64,11 +73,13 @@ pub async fn start(
     options: Options,
     client: Client,
     registry: Registry,
+    metrics: &HubMetrics,
     shutdown: &Shutdown,
 ) -> anyhow::Result<Admission> {
     let certificates = Arc::new(Certificates::new(options.address.host(), options.lifetime)?);
-    let reviewer = Reviewer::new(client.clone(), registry.clone());
-    let listening = listener::serve(options.listen, Arc::clone(&certificates), reviewer, shutdown).await?;
+    let reviewer = Reviewer::new(client.clone(), registry.clone(), metrics.clone());
+    let listening = listener::serve(options.listen, Arc::clone(&certificates), options.clients, reviewer, shutdown);
+    let listening = listening.await?;
     let (approvals, stop) = (Approvals::new(client.clone(), registry), shutdown.token());
     shutdown.supervise("approvals", move || approvals.clone().run(stop.clone()));
     let (keeper, state) = Keeper::new(client, options.configuration, options.address, certificates);

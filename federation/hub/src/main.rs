@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use hanse_hub::admission::{self, Address};
+use hanse_hub::admission::{self, Address, ClientOptions};
 use hanse_hub::authority::Lifetimes;
 use hanse_hub::backup;
 use hanse_hub::custom_resources::{self, Definition};
@@ -198,6 +198,13 @@ struct RunArgs {
     /// Validity of the certificates of the webhook, in seconds. They are replaced after two thirds of it.
     #[arg(long, value_name = "SECONDS", default_value_t = 86_400, help_heading = "Operator", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     webhook_certificate_seconds: u64,
+    /// File with the authorities of the client certificates that API servers present to the webhook (PEM). It is read again when it
+    /// changes. Without it, the webhook answers all who reach it.
+    #[arg(long, value_name = "FILE", help_heading = "Operator", requires = "webhook_listen")]
+    webhook_client_ca: Option<PathBuf>,
+    /// Common name of the client certificates of API servers; repeatable. Required where the authority also signs for others.
+    #[arg(long, value_name = "NAME", help_heading = "Operator", requires = "webhook_client_ca")]
+    webhook_client_name: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -274,6 +281,10 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
                 address,
                 configuration: args.webhook_configuration,
                 lifetime: Duration::from_secs(args.webhook_certificate_seconds),
+                clients: ClientOptions {
+                    authorities: args.webhook_client_ca,
+                    names: args.webhook_client_name.into_iter().collect(),
+                },
             });
             let management = Access { kubeconfig: args.kubeconfig, context: args.context };
             let options = Options {

@@ -27,6 +27,11 @@ pub struct HubMetrics {
     pub(crate) joins: Family<Outcome, Counter>,
     pub(crate) closed: Counter,
     pub(crate) exchange_lock: Histogram,
+    agents: Gauge,
+    agents_current: Gauge,
+    unequal: Gauge,
+    reviews: Family<Review, Counter>,
+    unfinished: Gauge,
     pub(crate) operator: OperatorMetrics,
 }
 
@@ -44,6 +49,11 @@ impl Default for HubMetrics {
             closed: Counter::default(),
             // 0.1 ms to 6.5 s.
             exchange_lock: Histogram::new(exponential_buckets(0.0001, 4.0, 9)),
+            agents: Gauge::default(),
+            agents_current: Gauge::default(),
+            unequal: Gauge::default(),
+            reviews: Family::default(),
+            unfinished: Gauge::default(),
             operator: OperatorMetrics::default(),
         }
     }
@@ -52,6 +62,12 @@ impl Default for HubMetrics {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Cluster {
     state: &'static str,
+}
+
+/// The decision about a request of an API server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Review {
+    decision: &'static str,
 }
 
 /// The outcome of a call on the join listener.
@@ -66,6 +82,7 @@ impl Outcome {
     pub(crate) const REFUSED: Self = Self { outcome: "refused" };
 }
 
+const DECISIONS: [&str; 3] = ["allowed", "refused", "undecided"];
 const STATES: [&str; 6] = ["expected", "pending", "never heard", "live", "stale", "revoked"];
 
 impl HubMetrics {
@@ -74,6 +91,9 @@ impl HubMetrics {
         // Every series exists from the start.
         for outcome in [Outcome::ISSUED, Outcome::WAITING, Outcome::REFUSED] {
             this.joins.get_or_create(&outcome).inc_by(0);
+        }
+        for decision in DECISIONS {
+            this.reviews.get_or_create(&Review { decision }).inc_by(0);
         }
         for state in STATES {
             this.clusters.get_or_create(&Cluster { state }).set(0);
@@ -107,9 +127,29 @@ impl HubMetrics {
                 "Time for which one piece of work kept the lock of the exchange",
                 this.exchange_lock.clone(),
             );
+            hub.register("agents", "Agents of the clusters that publish at this hub", this.agents.clone());
+            hub.register(
+                "agents_current",
+                "Agents that enforce the newest rules that their member has received",
+                this.agents_current.clone(),
+            );
+            hub.register(
+                "unequal_clusters",
+                "Clusters whose copy of the objects of others differs from what the hub selected",
+                this.unequal.clone(),
+            );
+            let help = "Requests of API servers at the admission webhook, by decision";
+            hub.register("admission_reviews", help, this.reviews.clone());
+            let help = "Recorded changes of custom resources that are neither in force nor known to have failed";
+            hub.register("unfinished_changes", help, this.unfinished.clone());
             this.operator.register(hub.sub_registry_with_prefix("operator"));
         });
         this
+    }
+
+    /// Counts a decision of the admission webhook, one of [`DECISIONS`].
+    pub(crate) fn count_review(&self, decision: &'static str) {
+        self.reviews.get_or_create(&Review { decision }).inc();
     }
 
     /// Sets the gauges to the current state.
@@ -135,6 +175,12 @@ impl HubMetrics {
         }
         gauge(&self.publishing, realisations.values().filter(|it| it.connected).count() as u64);
         gauge(&self.endpoints, realisations.values().map(|it| it.endpoints).fold(0, u64::saturating_add));
+        let agents = realisations.values().map(|it| (u64::from(it.agents), u64::from(it.agents_current)));
+        let (agents, current) = agents.fold((0, 0), |sum, it| (sum.0 + it.0, sum.1 + it.1));
+        gauge(&self.agents, agents);
+        gauge(&self.agents_current, current);
+        gauge(&self.unequal, realisations.values().filter(|it| it.digests_equal == Some(false)).count() as u64);
+        gauge(&self.unfinished, snapshot.changes.values().map(|all| all.len() as u64).sum());
         gauge(&self.refused, realisations.values().map(|it| it.refused).fold(0, u64::saturating_add));
     }
 }

@@ -30,7 +30,7 @@ use tracing::{error, info, warn};
 use crate::manifest::{Kind, ObjectId};
 
 use availability::Availability;
-pub use changes::{MAX_AGE, approval_key, change_key};
+pub use changes::{DECIDED_WITHIN, MAX_AGE, approval_key, change_key};
 use records::{AuditDetail, AuditRecord};
 pub use snapshot::{Acceptance, Cluster, ClusterState, Lease, Object, Snapshot};
 

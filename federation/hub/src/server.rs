@@ -372,7 +372,7 @@ impl Hub {
             registration = registration.with_operator();
             let client = access.client().await.context("start the operator")?;
             if let Some(webhook) = options.webhook {
-                let webhook = admission::start(webhook, client.clone(), registry.clone(), shutdown).await;
+                let webhook = admission::start(webhook, client.clone(), registry.clone(), &counted, shutdown).await;
                 administration = administration.with_webhook(webhook.context("start the webhook")?.state);
             }
             let operator = Operator::new(client, administration.clone(), registry.clone(), realisations);

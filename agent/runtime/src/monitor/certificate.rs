@@ -43,7 +43,8 @@ pub enum CertificateError {
 pub struct ServedCertificate {
     chain: PathBuf,
     key: PathBuf,
-    served: Mutex<Served>,
+    /// `None` until the files exist.
+    served: Mutex<Option<Served>>,
 }
 
 #[derive(Debug)]
@@ -54,13 +55,20 @@ struct Served {
 }
 
 impl ServedCertificate {
-    /// Reads the certificate chain and its key.
+    /// Reads the certificate chain and its key. Where the files do not exist yet, handshakes fail until they do: a process does not wait
+    /// for the certificate of its metrics.
     ///
     /// # Errors
     /// When a file cannot be read, others can read the key, or the two do not belong together.
     pub fn read(chain: &Path, key: &Path) -> Result<Self, CertificateError> {
-        let served = Mutex::new(load(chain, key, None)?.expect("nothing was served before"));
-        Ok(Self { chain: chain.to_owned(), key: key.to_owned(), served })
+        let served = match load(chain, key, None) {
+            Err(CertificateError::Read(path, error)) if error.kind() == io::ErrorKind::NotFound => {
+                tracing::warn!(file = %path.display(), "metrics not served until their certificate and its key exist");
+                None
+            }
+            loaded => loaded?,
+        };
+        Ok(Self { chain: chain.to_owned(), key: key.to_owned(), served: Mutex::new(served) })
     }
 
     /// Serves what is in the files now. Returns whether this is another certificate.
@@ -68,18 +76,19 @@ impl ServedCertificate {
     /// # Errors
     /// As [`Self::read`]: the earlier certificate is served until the files are complete.
     pub fn read_again(&self) -> Result<bool, CertificateError> {
-        let hash = self.served.lock().unwrap_or_else(PoisonError::into_inner).hash.clone();
-        let next = load(&self.chain, &self.key, Some(&hash))?;
+        let hash = self.served.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|it| it.hash.clone());
+        let next = load(&self.chain, &self.key, hash.as_deref())?;
         let is_another = next.is_some();
         if let Some(next) = next {
-            *self.served.lock().unwrap_or_else(PoisonError::into_inner) = next;
+            *self.served.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);
         }
         Ok(is_another)
     }
 
     /// Follows the files until `stop`.
     pub(super) async fn follow(self: Arc<Self>, stop: CancellationToken) {
-        let mut is_failing = false;
+        // That the files do not exist yet has been logged.
+        let mut is_failing = self.served.lock().unwrap_or_else(PoisonError::into_inner).is_none();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -114,7 +123,8 @@ impl ServedCertificate {
 
 impl ResolvesServerCert for ServedCertificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(Arc::clone(&self.served.lock().unwrap_or_else(PoisonError::into_inner).key))
+        let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+        served.as_ref().map(|it| Arc::clone(&it.key))
     }
 }
 
@@ -157,10 +167,14 @@ mod tests {
         let write_chain = |pem: &str| std::fs::write(&chain, pem).expect("written");
         let write_key = |pem: &str| files::write_secret(&key, pem.as_bytes()).expect("written");
         let (first, second) = (make(), make());
+        // Another program writes the files later.
+        let served = ServedCertificate::read(&chain, &key).expect("not there yet");
+        assert!(served.served.lock().expect("not poisoned").is_none());
         write_chain(&first.cert.pem());
+        assert!(matches!(served.read_again(), Err(CertificateError::Read(..))));
         write_key(&first.signing_key.serialize_pem());
-        let served = ServedCertificate::read(&chain, &key).expect("read");
-        let der = || served.served.lock().expect("not poisoned").key.cert[0].to_vec();
+        assert!(served.read_again().expect("complete"));
+        let der = || served.served.lock().expect("not poisoned").as_ref().expect("served").key.cert[0].to_vec();
         assert!(!served.read_again().expect("unchanged"));
         assert_eq!(der(), first.cert.der().to_vec());
 

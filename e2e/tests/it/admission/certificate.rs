@@ -1,5 +1,6 @@
 //! The webhook's certificate, and API servers without a webhook.
 
+use hanse_e2e::kubernetes::certificates::Authority;
 use hanse_e2e::kubernetes::run;
 use serde_json::{Value, json};
 
@@ -61,6 +62,20 @@ fn nothing_opens_without_a_webhook() {
         world.until("it is accepted again", || world.try_apply("ada", &changed).0).await;
         world.until("it is in force", || world.in_force("fnp", "web")["spec"]["order"] == 9).await;
         world.until_condition(TIER, "Admission", "True", "Ready").await;
+
+        // An API server without a certificate of the authority is refused: it cannot send a review, and nothing is written.
+        let clients = world.folder.path().join("clients.pem");
+        let authority = std::fs::read_to_string(&clients).expect("the authority");
+        let other = Authority::create("other").expect("an authority");
+        world.hub.take().expect("it runs").kill().expect("killed");
+        std::fs::write(&clients, other.pem()).expect("written");
+        world.start_hub();
+        let refused = || world.try_apply("ada", &policy("web", &deny("platform"))).1.contains("remote error: tls");
+        world.until("the API server is refused", refused).await;
+        // The authority is read again when the file changes.
+        std::fs::write(&clients, authority).expect("written");
+        let again = policy("web", &format!("{}, order: 10", deny("platform")));
+        world.until("it is accepted again", || world.try_apply("ada", &again).0).await;
 
         // Without a hub, no policy is written; other kinds are.
         world.hub.take().expect("it runs").kill().expect("killed");

@@ -10,8 +10,9 @@ use std::time::Instant;
 
 use futures::StreamExt as _;
 use hanse_e2e::fabric::Fabric;
+use hanse_e2e::kubernetes::certificates::Authority;
 use hanse_e2e::kubernetes::crds::{self, Calico};
-use hanse_e2e::kubernetes::{kubeconfig, run, until};
+use hanse_e2e::kubernetes::{TokenOptions, kubeconfig, run, until};
 use hanse_e2e::probe::{self, Observed};
 use hanse_e2e::process::Process;
 use hanse_e2e::sandbox;
@@ -26,6 +27,7 @@ use serde_json::{Value, json};
 use super::{NAMESPACE, PATIENCE, Release, complete, list, rendered, set, success};
 use crate::clusters::east::{East, WORKLOADS, node, world};
 use crate::clusters::nodes::{addresses, is_ready};
+use crate::metrics::reviews;
 
 /// How many members run at once to find out which rights they need.
 const BATCH: usize = 27;
@@ -60,6 +62,10 @@ spec:
   policyTypes: [Ingress]
   ingress: [{from: [{podSelector: {matchLabels: {app: client}}}]}]
 ";
+
+fn reader() -> Value {
+    json!({"kind": "ServiceAccount", "name": "prometheus", "namespace": NAMESPACE})
+}
 
 impl East {
     fn kubectl(&self, arguments: &[&str], input: &str) -> String {
@@ -109,6 +115,7 @@ fn values(hub: Option<&Pod>) -> Value {
         ("member.nodeSelector", json!({"kubernetes.io/hostname": "a"})),
         // There is no kube-proxy: agents connect to the node of the member.
         ("agent.member", json!({"host": "172.20.0.1"})),
+        ("metrics", json!({"enabled": true, "tls": {"secretName": "metrics-tls"}, "readers": [reader()]})),
     ] {
         values = set(values, path, value);
     }
@@ -131,8 +138,10 @@ fn installed_release_enforces_with_the_rights_of_the_chart() {
         fabric.router().enter(|| {
             run(async {
                 let mut east = East::start(&world, &fabric, scratch.path()).await;
-                let hub = installs(&east).await;
+                let authority = Authority::create("metrics").expect("an authority");
+                let hub = installs(&east, &authority).await;
                 enforces(&east, &hub).await;
+                serves_metrics(&east, &hub, &authority).await;
                 keeps_its_state(&east, &hub).await;
                 taints_new_nodes(&mut east, &fabric, &late).await;
                 needs_its_rights(&east, &fabric).await;
@@ -142,8 +151,9 @@ fn installed_release_enforces_with_the_rights_of_the_chart() {
 }
 
 /// In the order of the notes: hub, token, member and agents.
-async fn installs(east: &East) -> Pod {
+async fn installs(east: &East, authority: &Authority) -> Pod {
     east.apply(VOLUMES).await;
+    east.apply(&reviews::secret("metrics-tls", authority)).await;
     let (release, start) = (Release { server: &east.server }, Instant::now());
     release.helm(&["install", "hanse"], Some(&values(None)));
     let hub = east.ready_component("hub", 1).await.remove(0);
@@ -162,6 +172,41 @@ async fn installs(east: &East) -> Pod {
     east.ready_component("agent", 2).await;
     println!("hub, member and agents were ready after {:?}", start.elapsed());
     hub
+}
+
+/// Prometheus, in a pod, scrapes hub, member and agents over TLS with the token of its service account; others do not.
+async fn serves_metrics(east: &East, hub: &Pod, authority: &Authority) {
+    for account in ["prometheus", "other"] {
+        east.kubectl(&["--namespace", NAMESPACE, "create", "serviceaccount", account], "");
+    }
+    let token =
+        async |account: &str| east.server.token(NAMESPACE, account, &TokenOptions::default()).await.expect("a token");
+    let (prometheus, other) = (token("prometheus").await, token("other").await);
+    let client = &east.ready("default", "app=client", 1).await[0];
+    let of_node = |number: u8, port: u16| SocketAddr::from(([172, 20, 0, number], port));
+    for (to, name) in [
+        (SocketAddr::new(addresses(hub)[0], 7446), "hanse_hub_clusters{state=\"live\"} 1"),
+        (of_node(1, 7503), "hanse_member_nodes_current 2"),
+        (of_node(1, 7505), "hanse_agent_in_sync 1"),
+        (of_node(2, 7505), "hanse_agent_in_sync 1"),
+    ] {
+        let mut last = String::new();
+        for (token, status, words) in [
+            (Some(&*prometheus), 200, name),
+            (Some(&*other), 403, "needs the verb \"get\" on the nonResourceURL \"/metrics\""),
+            (Some("nonsense"), 401, "not valid"),
+            (None, 401, "not valid"),
+        ] {
+            let answered = until(PATIENCE, async || {
+                let answer = east.network(client).enter(|| reviews::scrape(to, &authority.pem(), token));
+                last = format!("{answer:?}");
+                answer.is_ok_and(|it| it.0 == status && it.1.contains(words))
+            });
+            assert!(answered.await.is_some(), "{to}: not {status} {words}: {last}\n{}", east.logs());
+        }
+        let answer = east.network(client).enter(|| reviews::plain(to, &prometheus));
+        assert!(!answer.contains("HTTP/1.1") && !answer.contains("hanse_"), "{to}: {answer}");
+    }
 }
 
 async fn enforces(east: &East, hub: &Pod) {

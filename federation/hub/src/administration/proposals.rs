@@ -9,10 +9,13 @@ use super::edit::{OPERATOR, OperatorEdit, Origin};
 use super::governed::{authors, is_marked, named, staged, staged_id, subject, with_change};
 use super::objects::Sent;
 use super::state::Administration;
-use crate::admission::approval::records_of;
+use crate::admission::approval::{Seen, led_to_nothing, records_of};
 use crate::manifest::{Kind, ObjectId};
 use crate::registry::records::{AuditDetail, ChangeAction, ChangeRecord, encode};
 use crate::registry::{AuditAction, ChangeError, Snapshot, change_key};
+
+/// Records that one pass removes.
+const MAX_REMOVED: usize = 1_024;
 
 impl Administration {
     /// Reads what other replicas recorded of changes, where this one knows no author.
@@ -68,11 +71,16 @@ impl Administration {
         Ok(())
     }
 
-    /// Removes what belongs to changes that do not wait any more. `pending`: those that do, with the UIDs of their custom resources.
+    /// Removes what belongs to changes that do not wait any more, and the records of requests that led to nothing. `pending`: changes that
+    /// wait, with the UIDs of their custom resources. `seen`: all custom resources, by UID.
     ///
     /// # Errors
     /// When the store fails.
-    pub(crate) async fn settle(&self, pending: &BTreeMap<ObjectId, String>) -> Result<(), ChangeError> {
+    pub(crate) async fn settle(
+        &self,
+        pending: &BTreeMap<ObjectId, String>,
+        seen: &BTreeMap<&str, Seen>,
+    ) -> Result<(), ChangeError> {
         let snapshot = self.registry.snapshot();
         let staged = snapshot.objects.iter().filter(|(id, _)| id.kind == Kind::StagedFederatedNetworkPolicy);
         let policy = |id: &ObjectId| ObjectId { kind: Kind::FederatedNetworkPolicy, name: id.name.clone() };
@@ -82,9 +90,13 @@ impl Administration {
             }
         }
         let waiting: BTreeSet<&str> = pending.values().map(String::as_str).collect();
-        let over = snapshot.changes.iter().filter(|(uid, _)| !waiting.contains(&***uid));
-        let over = over.flat_map(|(uid, all)| all.iter().map(move |(record, it)| (uid, record, it)));
-        let keys = over.filter(|(.., it)| it.proposed).map(|(uid, record, _)| change_key(uid, record));
+        let now = self.registry.now_seconds();
+        let all = snapshot.changes.iter().flat_map(|(uid, all)| all.iter().map(move |(record, it)| (uid, record, it)));
+        let over = all.filter(|(uid, _, it)| match it.proposed {
+            true => !waiting.contains(&***uid),
+            false => led_to_nothing(it, seen.get(&***uid), now),
+        });
+        let keys = over.map(|(uid, record, _)| change_key(uid, record)).take(MAX_REMOVED);
         self.registry.remove_records(keys.collect::<Result<_, _>>()?).await
     }
 

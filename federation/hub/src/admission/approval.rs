@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::manifest::{self, Kind, ObjectId};
-use crate::registry::Snapshot;
 use crate::registry::records::{ApprovalRecord, ChangeAction, ChangeRecord};
+use crate::registry::{DECIDED_WITHIN, Snapshot};
 
 /// One change of a custom resource.
 #[derive(Debug, Clone, Copy)]
@@ -111,6 +111,28 @@ pub fn judge(snapshot: &Snapshot, change: &Change<'_>) -> Judgement {
     }
 }
 
+/// A custom resource as the operator sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    pub generation: i64,
+    /// Its deletion was requested.
+    pub is_leaving: bool,
+}
+
+/// Whether a recorded request had no effect, such as one that another webhook refused after this one. `seen`: `None` for an object that
+/// does not exist. `now`: in seconds since 1970.
+pub fn led_to_nothing(record: &ChangeRecord, seen: Option<&Seen>, now: u64) -> bool {
+    if record.proposed || now.saturating_sub(record.at) <= DECIDED_WITHIN.as_secs() {
+        return false;
+    }
+    match (record.action, seen) {
+        (_, None) => true,
+        // Of the version that exists, the author must stay known: it may still wait, or be refused by the hub.
+        (ChangeAction::Apply, Some(seen)) => record.generation != seen.generation,
+        (ChangeAction::Delete, Some(seen)) => !seen.is_leaving,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
@@ -198,6 +220,32 @@ mod tests {
         assert!(is_pending(judged(&snapshot, apply, 1, &strict, "d")));
         approved(&mut snapshot, "eve", 1, "d", true);
         assert!(matches!(judged(&snapshot, apply, 1, &strict, "d"), Judgement::Effective(Some(_))));
+    }
+
+    #[test]
+    fn requests_without_an_effect_are_forgotten_in_minutes() {
+        let record = |action, generation, at| {
+            let (who, digest) = ("ada".to_owned(), "d".to_owned());
+            ChangeRecord { at, who, action, generation, digest, proposed: false }
+        };
+        let seen = |generation, is_leaving| Some(Seen { generation, is_leaving });
+        let late = DECIDED_WITHIN.as_secs() + 1;
+        let (apply, delete) = (ChangeAction::Apply, ChangeAction::Delete);
+        for (action, generation, seen, is_over) in [
+            (apply, 1, None, true),
+            (delete, 1, None, true),
+            (apply, 2, seen(1, false), true),
+            (apply, 1, seen(2, false), true),
+            (apply, 2, seen(2, false), false),
+            (delete, 2, seen(2, false), true),
+            (delete, 2, seen(2, true), false),
+        ] {
+            let record = record(action, generation, 0);
+            assert_eq!(led_to_nothing(&record, seen.as_ref(), late), is_over, "{record:?} {seen:?}");
+            assert!(!led_to_nothing(&record, seen.as_ref(), late - 1), "{record:?} {seen:?}");
+            let proposed = ChangeRecord { proposed: true, ..record };
+            assert!(!led_to_nothing(&proposed, seen.as_ref(), late), "it waits for an approval");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use super::access::{Access, Verb};
 use super::approval::{Change, authors_of, tiers_of};
 use crate::custom_resources::{ApprovalAction, FederatedNetworkPolicy, PolicyApprovalSpec, Tier};
 use crate::manifest::{self, Kind, ObjectId};
+use crate::metrics::HubMetrics;
 use crate::registry::records::{ApprovalRecord, ChangeAction, ChangeRecord};
 use crate::registry::{AuditAction, ChangeError, Registry};
 
@@ -120,11 +121,12 @@ pub(super) struct Reviewer {
     client: Client,
     access: Access,
     registry: Registry,
+    metrics: HubMetrics,
 }
 
 impl Reviewer {
-    pub(super) fn new(client: Client, registry: Registry) -> Self {
-        Self { access: Access::new(client.clone()), client, registry }
+    pub(super) fn new(client: Client, registry: Registry, metrics: HubMetrics) -> Self {
+        Self { access: Access::new(client.clone()), client, registry, metrics }
     }
 
     /// The answer to a review, in JSON.
@@ -138,11 +140,19 @@ impl Reviewer {
             return Err(serde_json::Error::custom("not an AdmissionReview of admission.k8s.io/v1"));
         }
         let (allowed, status, warnings) = match self.decide(&review.request).await {
-            Ok(warnings) => (true, None, warnings),
+            Ok(warnings) => {
+                self.metrics.count_review("allowed");
+                (true, None, warnings)
+            }
             Err(refusal) => {
                 if let Refusal::Unavailable(error) = &refusal {
                     warn!(error, "request of an API server not decided");
                 }
+                self.metrics.count_review(if matches!(refusal, Refusal::Unavailable(_)) {
+                    "undecided"
+                } else {
+                    "refused"
+                });
                 (false, Some(refusal.status()), Vec::new())
             }
         };

@@ -30,6 +30,7 @@ use super::statuses::Statuses;
 use super::tracked::{Pending, Refused, Tracked};
 use super::writer::{Patched, Write, Writer};
 use crate::administration::{Administration, OperatorEdit, is_pending_stage};
+use crate::admission::approval::Seen;
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{ChangeError, Registry};
 use crate::status::Realisations;
@@ -428,7 +429,9 @@ impl Reconciler {
             |it: &Tracked| it.refused.as_ref().is_some_and(|it| it.refusal.reason == PENDING) || it.blocked.is_some();
         let pending = self.tracked.iter().filter(|(_, it)| waits(it));
         let pending = pending.filter_map(|(key, it)| Some((key.object()?, it.uid.clone())));
-        self.administration.settle(&pending.collect()).await.context("end what waited for approvals")
+        let seen = |it: &Tracked| Seen { generation: it.generation, is_leaving: it.is_leaving };
+        let seen = self.tracked.values().map(|it| (&*it.uid, seen(it))).collect();
+        self.administration.settle(&pending.collect(), &seen).await.context("end what waited for approvals")
     }
 
     /// Whether a definition exists and stays: all objects are deleted with it, which is not the decision to delete a policy.

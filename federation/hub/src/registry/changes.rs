@@ -2,7 +2,7 @@
 //!
 //! A record says who sent a request, and not that it succeeded: an API server may refuse it after the webhook. It becomes part of the
 //! audit log when the operator sees the object with that generation and digest. Records of requests that led to nothing are removed
-//! after [`MAX_AGE`].
+//! [`DECIDED_WITHIN`] later where the operator sees the object as it was before, and after [`MAX_AGE`] in any case.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,13 @@ use super::{ChangeError, Registry, invalid, key};
 pub const MAX_CHANGES: usize = 20_000;
 /// Records of one version of an object, one for each user that sent it.
 const MAX_AUTHORS: usize = 16;
-/// API servers decide a request within a minute; the operator may not run for longer.
+/// Of these, of one user, so that one whose requests lead to nothing leaves room for others.
+const MAX_OF_USER: usize = MAX_CHANGES / 4;
+/// Of these, of one object.
+const MAX_OF_OBJECT: usize = 64;
+/// API servers decide a request within a minute, and the operator sees the result within seconds while it runs.
+pub const DECIDED_WITHIN: Duration = Duration::from_secs(300);
+/// The operator may not run for longer than [`DECIDED_WITHIN`].
 pub const MAX_AGE: Duration = Duration::from_secs(86_400);
 
 impl Registry {
@@ -34,11 +40,20 @@ impl Registry {
         let is_same = |it: &&Arc<ChangeRecord>| it.is_version(change.action, change.generation, &change.digest);
         let authors = of_object.into_iter().flat_map(|all| all.values()).filter(is_same).count();
         let all: usize = snapshot.changes.values().map(|all| all.len()).sum();
-        if authors >= MAX_AUTHORS || all >= MAX_CHANGES {
-            let limit = if authors >= MAX_AUTHORS { MAX_AUTHORS } else { MAX_CHANGES };
-            return Err(ChangeError::Limit(format!(
-                "the limit of {limit} unfinished changes is reached: try again later"
-            )));
+        let of_user = snapshot.changes.values().flat_map(|all| all.values()).filter(|it| it.who == change.who).count();
+        for (count, limit, of) in [
+            (authors, MAX_AUTHORS, "of this version".to_owned()),
+            (of_object.map_or(0, |all| all.len()), MAX_OF_OBJECT, "of this object".to_owned()),
+            (of_user, MAX_OF_USER, format!("of user {}", change.who)),
+            (all, MAX_CHANGES, "of all users".to_owned()),
+        ] {
+            if count >= limit {
+                let minutes = DECIDED_WITHIN.as_secs() / 60;
+                return Err(ChangeError::Limit(format!(
+                    "the limit of {limit} unfinished changes {of} is reached: try again in {minutes} minutes, when the operator has \
+                     removed those that led to nothing"
+                )));
+            }
         }
         let name = key(&["change", uid, &id])?;
         let write = Transaction::default().when(Compare::Absent(name.clone())).put(name, records::encode(change));

@@ -15,3 +15,4 @@ mod objects;
 mod process;
 mod store;
 mod support;
+mod webhook;
