@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use hanse_hub::admission::{self, Address, Admission, ClientOptions};
 use hanse_hub::metrics::HubMetrics;
-use hanse_hub::registry::records::{ChangeAction, ChangeRecord};
-use hanse_hub::registry::{ChangeError, Registry};
+use hanse_hub::registry::records::{ChangeAction, ChangeRecord, encode};
+use hanse_hub::registry::{ChangeError, Registry, change_key};
 use hanse_runtime::metrics::Metrics;
 use hanse_runtime::shutdown::Shutdown;
+use hanse_store::Transaction;
 use kube::{Client, Config};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -221,13 +222,37 @@ async fn one_user_leaves_room_for_the_changes_of_others() {
         registry.record_change("version", &record(&format!("user {author}"), 0)).await.unwrap();
     }
     refused("version", &record("ada", 0), "16 unfinished changes of this version").await;
-    // A user who sends as many as may be.
-    let mut sent = 64;
-    while registry.record_change(&format!("flood {sent}"), &record("mallory", 0)).await.is_ok() {
-        sent += 1;
-    }
-    assert_eq!(sent, 5_000);
-    refused("another", &record("mallory", 0), "5000 unfinished changes of user mallory").await;
-    registry.record_change("another", &record("ada", 0)).await.unwrap();
     shutdown.drain(Duration::from_secs(10)).await;
+
+    // A user who has sent as many as may be, and all of the room.
+    for (users, refusals) in [
+        (&["mallory"][..], &[("mallory", "5000 unfinished changes of user mallory")][..]),
+        (
+            &["a", "b", "c", "d"],
+            &[("a", "5000 unfinished changes of user a"), ("ada", "20000 unfinished changes of all users")],
+        ),
+    ] {
+        let store = hanse_store::in_memory();
+        let all: Vec<(String, ChangeRecord)> = users
+            .iter()
+            .flat_map(|user| (0..5_000).map(move |number| (format!("{user} {number}"), record(user, 0))))
+            .collect();
+        for some in all.chunks(64) {
+            let put = |transaction: Transaction, (uid, record): &(String, ChangeRecord)| {
+                transaction.put(change_key(uid, &record.id()).unwrap(), encode(record))
+            };
+            store.commit(some.iter().fold(Transaction::default(), put)).await.unwrap();
+        }
+        let shutdown = Shutdown::default();
+        let clock = hanse_hub::registry::Clock::default();
+        let registry = Registry::open(store, Duration::from_secs(30), clock, &shutdown).await.unwrap();
+        for (user, words) in refusals {
+            let refused = registry.record_change("another", &record(user, 0)).await;
+            assert!(matches!(&refused, Err(ChangeError::Limit(text)) if text.contains(words)), "{user}: {refused:?}");
+        }
+        if users.len() == 1 {
+            registry.record_change("another", &record("ada", 0)).await.unwrap();
+        }
+        shutdown.drain(Duration::from_secs(10)).await;
+    }
 }
