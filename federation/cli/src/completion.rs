@@ -46,11 +46,11 @@ pub fn tokens() -> ArgValueCandidates {
 pub fn roles() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let mut roles: Vec<CompletionCandidate> =
-            ["viewer", "administrator", "author=*", "operator=*"].map(CompletionCandidate::new).into();
+            ["viewer", "administrator", "author=*", "approver=*", "operator=*"].map(CompletionCandidate::new).into();
         roles.extend(candidates(async |mut client| {
             let tiers = object_names(&mut client, pb::ObjectKind::Tier).await?;
             let clusters = cluster_names(&mut client).await?;
-            let authors = tiers.into_iter().map(|tier| format!("author={tier}"));
+            let authors = tiers.into_iter().flat_map(|tier| [format!("author={tier}"), format!("approver={tier}")]);
             Ok(authors.chain(clusters.into_iter().map(|it| format!("operator={it}"))).collect())
         }));
         roles

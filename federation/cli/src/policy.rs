@@ -41,7 +41,7 @@ pub enum Command {
 impl Command {
     pub fn run(self, context: Option<&std::path::Path>) -> anyhow::Result<ExitCode> {
         match self {
-            Self::Approve(arguments) => arguments.run(),
+            Self::Approve(arguments) => arguments.run(context),
             Self::Check(arguments) => arguments.run(),
             Self::Convert(arguments) => arguments.run(),
             Self::Explain(arguments) => arguments.run(context),

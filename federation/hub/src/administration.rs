@@ -2,6 +2,7 @@
 
 mod access;
 mod accounts;
+mod approvals;
 mod convert;
 mod edit;
 mod governed;
@@ -160,6 +161,19 @@ impl wire::administration_server::Administration for Administration {
     async fn delete(&self, request: Request<wire::DeleteRequest>) -> Result<Response<wire::DeleteResponse>, Status> {
         let who = caller(&request)?;
         self.delete(&who, request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn get_pending(
+        &self,
+        request: Request<wire::GetPendingRequest>,
+    ) -> Result<Response<wire::PendingChange>, Status> {
+        let snapshot = self.view(&request)?;
+        self.pending(&snapshot, &request.into_inner()).map(Response::new).map_err(status)
+    }
+
+    async fn approve(&self, request: Request<wire::ApproveRequest>) -> Result<Response<wire::ApproveResponse>, Status> {
+        let who = caller(&request)?;
+        self.approve(&who, &request.into_inner()).await.map(Response::new).map_err(status)
     }
 
     type ApplyManyStream = Answers<wire::ApplyManyResponse>;

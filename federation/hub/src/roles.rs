@@ -13,6 +13,10 @@ pub enum Role {
     Author {
         tiers: Vec<String>,
     },
+    /// Approves changes of others in these tiers (`*` for every tier).
+    Approver {
+        tiers: Vec<String>,
+    },
     /// Lets these clusters in and out (`*` for every cluster).
     Operator {
         clusters: Vec<String>,
@@ -28,6 +32,8 @@ pub enum Need<'a> {
     Operate(&'a str),
     /// To write this object; a policy with the tiers that it was and will be in.
     Write(&'a ObjectId, &'a [&'a str]),
+    /// To approve a change that concerns these tiers.
+    Approve(&'a [&'a str]),
     Administer,
 }
 
@@ -37,6 +43,7 @@ impl std::fmt::Display for Role {
         match self {
             Self::Viewer => f.write_str("viewer"),
             Self::Author { tiers } => write!(f, "author={}", tiers.join(",")),
+            Self::Approver { tiers } => write!(f, "approver={}", tiers.join(",")),
             Self::Operator { clusters } => write!(f, "operator={}", clusters.join(",")),
             Self::Administrator => f.write_str("administrator"),
         }
@@ -60,6 +67,11 @@ impl Need<'_> {
                 Kind::FederatedNetworkSet => Some(Role::Author { tiers: vec!["*".to_owned()] }),
                 Kind::MemberCluster | Kind::Tier => None,
             },
+            // Without a tier, no approver role applies.
+            Self::Approve([]) => None,
+            Self::Approve(tiers) => {
+                Some(Role::Approver { tiers: tiers.iter().map(|tier| (*tier).to_owned()).collect() })
+            }
             Self::Administer => None,
         }
     }
@@ -88,6 +100,9 @@ pub fn allow(roles: &[Role], need: Need<'_>) -> bool {
     roles.iter().any(|role| match (role, need) {
         (Role::Administrator, _) | (_, Need::View) => true,
         (Role::Operator { clusters }, Need::Operate(cluster)) => within(clusters, cluster),
+        (Role::Approver { tiers: own }, Need::Approve(tiers)) => {
+            !tiers.is_empty() && tiers.iter().all(|tier| within(own, tier))
+        }
         // One role must allow both ends of a move between tiers.
         (Role::Author { tiers: own }, Need::Write(id, tiers)) => match id.kind {
             Kind::FederatedNetworkPolicy | Kind::StagedFederatedNetworkPolicy => {
@@ -118,6 +133,8 @@ mod tests {
             (Need::Write(&tier, &[]), "administrator"),
             (Need::Operate("train"), "operator=train or administrator"),
             (Need::Administer, "administrator"),
+            (Need::Approve(&["b", "c"]), "approver=b,c or administrator"),
+            (Need::Approve(&[]), "administrator"),
             (Need::View, "viewer or administrator"),
         ] {
             // The role that is named does allow it.

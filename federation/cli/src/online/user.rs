@@ -29,8 +29,8 @@ Examples:
     Create {
         #[arg(value_parser = user_name)]
         name: String,
-        /// viewer, author=TIER[,TIER…], operator=CLUSTER[,CLUSTER…] or administrator; repeatable. `*` means all tiers or
-        /// clusters. Every role includes viewer.
+        /// viewer, author=TIER[,TIER…], approver=TIER[,TIER…], operator=CLUSTER[,CLUSTER…] or administrator; repeatable. `*` means all
+        /// tiers or clusters. Every role includes viewer.
         #[arg(long = "role", value_name = "ROLE", required = true, add = completion::roles())]
         roles: Vec<Role>,
         /// Directory for the user's files. It is created if absent, readable by its owner only.
@@ -75,13 +75,19 @@ impl std::str::FromStr for Role {
             ("viewer", true) => Wire::Viewer(pb::Viewer {}),
             ("administrator", true) => Wire::Administrator(pb::Administrator {}),
             ("author", false) => Wire::Author(pb::Author { tiers: names }),
+            ("approver", false) => Wire::Approver(pb::Approver { tiers: names }),
             ("operator", false) => Wire::Operator(pb::Operator { clusters: names }),
             ("author", true) => {
                 return Err("tiers are missing: author=platform,security, or author=* for all".to_owned());
             }
+            ("approver", true) => {
+                return Err("tiers are missing: approver=platform,security, or approver=* for all".to_owned());
+            }
             ("operator", true) => return Err("clusters are missing: operator=train, or operator=* for all".to_owned()),
             ("viewer" | "administrator", false) => return Err(format!("{role} has no names")),
-            _ => return Err("expected viewer, author=TIER, operator=CLUSTER or administrator".to_owned()),
+            _ => {
+                return Err("expected viewer, author=TIER, approver=TIER, operator=CLUSTER or administrator".to_owned());
+            }
         }))
     }
 }
@@ -186,6 +192,7 @@ fn role_name(role: Option<Wire>) -> String {
     match role {
         Some(Wire::Viewer(_)) => "viewer".to_owned(),
         Some(Wire::Author(author)) => format!("author={}", author.tiers.join(",")),
+        Some(Wire::Approver(approver)) => format!("approver={}", approver.tiers.join(",")),
         Some(Wire::Operator(operator)) => format!("operator={}", operator.clusters.join(",")),
         Some(Wire::Administrator(_)) => "administrator".to_owned(),
         None => "unknown to this version".to_owned(),

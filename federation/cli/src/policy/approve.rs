@@ -1,14 +1,16 @@
-//! `hanse policy approve`: approves a change in a tier that requires approvals, as the user of a kubeconfig.
+//! `hanse policy approve`: approves a change in a tier that requires approvals, as a user of the hub, or as the user of a kubeconfig
+//! where the operator of the hub decides.
 
 use std::io::{IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use hanse_kubernetes::change::{digest, manifest};
 use hanse_kubernetes::{Access, answered};
-use hanse_proto::federation::v1::ObjectKind;
+use hanse_proto::federation::v1::administration_client::AdministrationClient as HubClient;
+use hanse_proto::federation::v1::{self as pb, ObjectKind};
 use hanse_runtime::text;
 use kube::api::{ApiResource, DynamicObject, PostParams};
 use kube::core::GroupVersionKind;
@@ -16,13 +18,15 @@ use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
 
 use crate::online::kind::target;
+use crate::online::{CallError, MAX_ANSWER_BYTES, call, open};
 use crate::output::{self, UsageError};
 
 /// Approve a pending change of a policy or a tier.
 ///
 /// In a Tier with `requireApproval`, a change takes effect when a user other than its author approves it. The command shows the change,
-/// and then creates a PolicyApproval for exactly this version with the credentials of the kubeconfig. The user needs the verb `approve`
-/// on the tier (tiers.hanse.dev).
+/// and then approves exactly this version. At a hub without an operator, the user of the context needs the role `approver` in the tier.
+/// Where an operator reconciles custom resources, or with --kubeconfig, the command creates a PolicyApproval with the credentials of the
+/// kubeconfig: the user needs the verb `approve` on the tier (tiers.hanse.dev).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -38,8 +42,8 @@ pub struct Arguments {
     /// Only show the change.
     #[arg(long, conflicts_with = "yes")]
     show: bool,
-    /// File with the address of the management cluster and the credentials [default: ~/.kube/config].
-    #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
+    /// File with the address of the management cluster and the credentials [default: $KUBECONFIG, or ~/.kube/config].
+    #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// Context of the kubeconfig file; by default its current one.
     #[arg(long, value_name = "NAME")]
@@ -60,8 +64,15 @@ struct Pending {
 }
 
 impl Arguments {
-    pub fn run(self) -> anyhow::Result<ExitCode> {
+    pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let (kind, name) = target(&self.object)?;
+        if context.is_some()
+            && self.kubeconfig.is_none()
+            && matches!(kind, ObjectKind::FederatedNetworkPolicy | ObjectKind::Tier)
+            && let Some(code) = self.approve_at_hub(context, kind, &name)?
+        {
+            return Ok(code);
+        }
         let kind = match kind {
             ObjectKind::FederatedNetworkPolicy => "FederatedNetworkPolicy",
             ObjectKind::Tier => "Tier",
@@ -76,9 +87,43 @@ impl Arguments {
         runtime.context("start the runtime")?.block_on(self.approve(kind, name))
     }
 
+    /// Approves a change at a hub that decides itself. `None`: its operator decides.
+    fn approve_at_hub(&self, context: Option<&Path>, kind: ObjectKind, name: &str) -> anyhow::Result<Option<ExitCode>> {
+        let (runtime, channel) = open(context)?;
+        let mut client = HubClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
+        let request = pb::GetPendingRequest { kind: kind.into(), name: name.to_owned() };
+        let found = match runtime.block_on(call(client.get_pending(request))) {
+            Ok(found) => found,
+            Err(error) if is_elsewhere(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let what = target_name(kind, name);
+        let manifest = |bytes: &[u8]| match bytes {
+            [] => Ok(Value::Null),
+            bytes => serde_json::from_slice(bytes).with_context(|| format!("read {what}")),
+        };
+        output::line(format_args!("{what}, {}", found.digest))?;
+        let (authors, tiers) = (found.authors.join(", "), found.tiers.join(" and "));
+        output::line(format_args!("sent by {authors}; tier {tiers} requires an approval"))?;
+        print_diff(&manifest(&found.before)?, &manifest(&found.after)?)?;
+        if self.show {
+            return Ok(Some(ExitCode::SUCCESS));
+        }
+        if !self.yes && !confirmed()? {
+            output::note("not approved");
+            return Ok(Some(ExitCode::FAILURE));
+        }
+        let request = pb::ApproveRequest { kind: kind.into(), name: name.to_owned(), digest: found.digest };
+        let approved = runtime.block_on(call(client.approve(request)))?;
+        output::line(format_args!("{what} approved, in force at revision {}", approved.revision))?;
+        Ok(Some(ExitCode::SUCCESS))
+    }
+
     async fn approve(self, kind: &'static str, name: String) -> anyhow::Result<ExitCode> {
         let home = || std::env::home_dir().map(|home| home.join(".kube/config"));
-        let kubeconfig = self.kubeconfig.filter(|path| !path.as_os_str().is_empty()).or_else(home);
+        let given = |path: &PathBuf| !path.as_os_str().is_empty();
+        let variable = || std::env::var_os("KUBECONFIG").map(PathBuf::from).filter(given);
+        let kubeconfig = self.kubeconfig.filter(given).or_else(variable).or_else(home);
         let client = Access { kubeconfig, context: self.kube_context }.client().await?;
         let pending = read(&client, kind, name).await?;
         pending.print()?;
@@ -94,6 +139,20 @@ impl Arguments {
         output::line(format_args!("{kind}/{name} generation {generation} approved (PolicyApproval {created})"))?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Whether the changes of this hub are approved at its management cluster.
+fn is_elsewhere(error: &anyhow::Error) -> bool {
+    use tonic::Code::{FailedPrecondition, Unimplemented};
+    match error.downcast_ref::<CallError>() {
+        Some(CallError::Refused { code, .. }) => matches!(code, FailedPrecondition | Unimplemented),
+        _ => false,
+    }
+}
+
+fn target_name(kind: ObjectKind, name: &str) -> String {
+    let kind = if kind == ObjectKind::Tier { "Tier" } else { "FederatedNetworkPolicy" };
+    format!("{kind}/{name}")
 }
 
 fn api(client: &Client, kind: &str) -> Api<DynamicObject> {
@@ -182,12 +241,16 @@ impl Pending {
         let Self { kind, name, generation, digest, why, .. } = self;
         output::line(format_args!("{kind}/{name} generation {generation}, {digest}"))?;
         output::line(why)?;
-        output::line("")?;
-        for (mark, line) in diff(&lines(&self.before)?, &lines(&self.after)?) {
-            output::line(format_args!("{mark} {line}"))?;
-        }
-        output::line("")
+        print_diff(&self.before, &self.after)
     }
+}
+
+fn print_diff(before: &Value, after: &Value) -> anyhow::Result<()> {
+    output::line("")?;
+    for (mark, line) in diff(&lines(before)?, &lines(after)?) {
+        output::line(format_args!("{mark} {line}"))?;
+    }
+    output::line("")
 }
 
 fn lines(manifest: &Value) -> anyhow::Result<Vec<String>> {

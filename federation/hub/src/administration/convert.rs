@@ -115,6 +115,7 @@ pub(super) fn role_from_wire(role: wire::Role) -> Result<Role, Status> {
     match role.role {
         Some(Wire::Viewer(_)) => Ok(Role::Viewer),
         Some(Wire::Author(author)) => Ok(Role::Author { tiers: names("author.tiers", author.tiers)? }),
+        Some(Wire::Approver(approver)) => Ok(Role::Approver { tiers: names("approver.tiers", approver.tiers)? }),
         Some(Wire::Operator(operator)) => {
             Ok(Role::Operator { clusters: names("operator.clusters", operator.clusters)? })
         }
@@ -128,6 +129,7 @@ fn role_to_wire(role: &Role) -> wire::Role {
     let role = match role {
         Role::Viewer => Wire::Viewer(wire::Viewer {}),
         Role::Author { tiers } => Wire::Author(wire::Author { tiers: tiers.clone() }),
+        Role::Approver { tiers } => Wire::Approver(wire::Approver { tiers: tiers.clone() }),
         Role::Operator { clusters } => Wire::Operator(wire::Operator { clusters: clusters.clone() }),
         Role::Administrator => Wire::Administrator(wire::Administrator {}),
     };

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::{Stream, stream};
 use hanse_identity::Identity;
 use hanse_identity::spiffe::check_subdomain;
@@ -22,7 +23,7 @@ use crate::grants::MemberCluster;
 use crate::manifest::{self, Checked, Kind, ObjectId};
 use crate::registration::status;
 use crate::registry::{
-    Acceptance, AuditAction, ChangeError, ClusterState, MAX_OBJECT_BYTES, MAX_OBJECTS, Snapshot, key,
+    Acceptance, AuditAction, ChangeError, ClusterState, MAX_OBJECT_BYTES, MAX_OBJECTS, Object, Snapshot, key,
 };
 use crate::roles::Need;
 
@@ -38,7 +39,7 @@ const MAX_REMOVED_TOKENS: usize = 100;
 const MAX_NAMED_TIERS: usize = 8;
 
 /// The change of one object.
-enum Edit {
+pub(super) enum Edit {
     Apply {
         checked: Box<Checked>,
         request: wire::ApplyRequest,
@@ -50,9 +51,9 @@ enum Edit {
 
 /// An edit as a caller sent it.
 pub(super) struct Sent {
-    who: Identity,
+    pub(super) who: Identity,
     action: AuditAction,
-    edit: Result<Edit, String>,
+    pub(super) edit: Result<Edit, String>,
     /// The edit of a custom resource that this is.
     pub(super) origin: Option<OperatorEdit>,
 }
@@ -142,8 +143,16 @@ impl Batch for wire::DeleteManyRequest {
 }
 
 impl Done {
+    /// Adds what the author of the change should know.
+    pub(super) fn with_warning(mut self, warning: String) -> Self {
+        let (Self::Applied(wire::ApplyResponse { warnings, .. })
+        | Self::Deleted(wire::DeleteResponse { warnings, .. })) = &mut self;
+        warnings.push(warning);
+        self
+    }
+
     /// Sets the revision of a change. An unchanged object has the revision of its last change.
-    fn at(mut self, revision: Revision) -> Self {
+    pub(super) fn at(mut self, revision: Revision) -> Self {
         let (Self::Applied(wire::ApplyResponse { revision: at, .. })
         | Self::Deleted(wire::DeleteResponse { revision: at, .. })) = &mut self;
         if *at == 0 {
@@ -208,7 +217,7 @@ impl Administration {
         let sent = self.sent_by_user(request, who);
         let done = match dry_run {
             true => self.judge(&sent, &mut Snapshot::clone(&self.registry.snapshot())).await,
-            false => self.edit(std::slice::from_ref(&sent)).await?.pop().unwrap_or(Err(ChangeError::Busy)),
+            false => self.edit_of_user(std::slice::from_ref(&sent)).await?.pop().unwrap_or(Err(ChangeError::Busy)),
         };
         match done? {
             Done::Applied(applied) => Ok(applied),
@@ -222,7 +231,7 @@ impl Administration {
         request: wire::DeleteRequest,
     ) -> Result<wire::DeleteResponse, ChangeError> {
         let sent = self.sent_by_user(request, who);
-        match self.edit(std::slice::from_ref(&sent)).await?.pop().unwrap_or(Err(ChangeError::Busy))? {
+        match self.edit_of_user(std::slice::from_ref(&sent)).await?.pop().unwrap_or(Err(ChangeError::Busy))? {
             Done::Deleted(deleted) => Ok(deleted),
             Done::Applied(_) => Err(ChangeError::Busy),
         }
@@ -242,6 +251,7 @@ impl Administration {
                 let denied = self.registry.change::<()>(&sent.action, |_| Err(ChangeError::Denied(text.clone())));
                 return Err(denied.await.err().unwrap_or(ChangeError::Denied(text)));
             }
+            Err(ChangeError::Pending(why)) => return Ok(sent.decide_alone(draft)?.1.with_warning(why)),
             decided => decided?,
         };
         let now = self.registry.snapshot().revision;
@@ -309,7 +319,7 @@ impl<Q: Batch> Editing<Q> {
                 tokio::task::yield_now().await;
                 outcomes
             }
-            _ => self.administration.edit(self.sent.make_contiguous()).await.map_err(status)?,
+            _ => self.administration.edit_of_user(self.sent.make_contiguous()).await.map_err(status)?,
         };
         self.sent.drain(..outcomes.len());
         let refusal = |error| {
@@ -350,19 +360,50 @@ impl OperatorEdit {
 }
 
 impl Sent {
+    /// The edit, as another user made it and the hub makes it now.
+    pub(super) fn of_approved(id: &ObjectId, manifest: Option<Bytes>) -> Self {
+        let who = Identity::Hub;
+        match manifest {
+            Some(manifest) => wire::ApplyRequest { manifest, ..wire::ApplyRequest::default() }.sent_by(&who),
+            None => Self {
+                action: AuditAction::new(&who, "delete", id.to_string()),
+                edit: Ok(Edit::Delete(id.clone())),
+                origin: None,
+                who,
+            },
+        }
+    }
+
     /// Decides on `snapshot`: the transaction and the response.
-    fn decide(&self, snapshot: &Snapshot) -> Result<(Transaction, Done), ChangeError> {
-        let (id, (transaction, done)) = match &self.edit {
-            Err(error) => return Err(ChangeError::Invalid(error.clone())),
-            Ok(Edit::Apply { checked, request }) => (&checked.id, decide_apply(snapshot, &self.who, checked, request)?),
-            Ok(Edit::Delete(id)) => (id, decide_delete(snapshot, &self.who, id)?),
-            Ok(Edit::RemoveCluster(name)) => return decide_remove(snapshot, &self.who, name),
-        };
-        match &self.origin {
-            Some(edit) if !transaction.changes.is_empty() => {
+    pub(super) fn decide(&self, snapshot: &Snapshot) -> Result<(Transaction, Done), ChangeError> {
+        let (transaction, done) = self.decide_alone(snapshot)?;
+        match (&self.origin, self.id()) {
+            (Some(edit), Some(id)) if !transaction.changes.is_empty() => {
                 Ok((governed::govern(snapshot, id, edit, transaction)?, done))
             }
+            (None, Some(id)) if matches!(self.who, Identity::User(_)) => {
+                Ok((self.govern_user(snapshot, id, transaction)?, done))
+            }
             _ => Ok((transaction, done)),
+        }
+    }
+
+    /// The object. `None`: it is not known, or a registration.
+    pub(super) fn id(&self) -> Option<&ObjectId> {
+        match &self.edit {
+            Ok(Edit::Apply { checked, .. }) => Some(&checked.id),
+            Ok(Edit::Delete(id)) => Some(id),
+            Ok(Edit::RemoveCluster(_)) | Err(_) => None,
+        }
+    }
+
+    /// As [`Self::decide`], without regard to approvals.
+    pub(super) fn decide_alone(&self, snapshot: &Snapshot) -> Result<(Transaction, Done), ChangeError> {
+        match &self.edit {
+            Err(error) => Err(ChangeError::Invalid(error.clone())),
+            Ok(Edit::Apply { checked, request }) => decide_apply(snapshot, &self.who, checked, request),
+            Ok(Edit::Delete(id)) => decide_delete(snapshot, &self.who, id),
+            Ok(Edit::RemoveCluster(name)) => decide_remove(snapshot, &self.who, name),
         }
     }
 }
@@ -420,12 +461,18 @@ fn decide_apply(
         let text = format!("the limit of {} MiB for all objects together would be exceeded", MAX_OBJECT_BYTES >> 20);
         return Err(ChangeError::Limit(text));
     }
+    if id.kind == Kind::Tier && old.is_none() && *who != Identity::Hub && manifest::requires_approval(manifest) {
+        let is_early = |it: &Object| it.id.kind == Kind::FederatedNetworkPolicy && it.tier().as_ref() == Some(&id.name);
+        let early = snapshot.objects.values().find(|it| is_early(it));
+        if let Some(policy) = early {
+            return Err(ChangeError::Conflict(format!(
+                "spec.requireApproval: {} would be in force in this tier without an approval: delete it first",
+                policy.id
+            )));
+        }
+    }
     if let Some(member) = member {
         check_nets(snapshot, &id.name, member)?;
-    }
-    if id.kind == Kind::Tier && *who != Identity::Hub && manifest::requires_approval(manifest) {
-        let text = "spec.requireApproval: a hub without an operator has no approvals: remove the field";
-        return Err(ChangeError::Invalid(text.to_owned()));
     }
     let applied = if old.is_some() { wire::Applied::Configured } else { wire::Applied::Created };
     Ok((Transaction::default().put(object_key(id)?, manifest.clone()), done(applied, 0, warnings)))
@@ -499,7 +546,7 @@ fn missing_tier(snapshot: &Snapshot, tier: &str) -> String {
     )
 }
 
-fn object_key(id: &ObjectId) -> Result<hanse_store::Key, ChangeError> {
+pub(super) fn object_key(id: &ObjectId) -> Result<hanse_store::Key, ChangeError> {
     key(&["object", id.kind.name(), &id.name])
 }
 

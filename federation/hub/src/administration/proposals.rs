@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use hanse_store::Transaction;
 
+use super::approvals::proposal_key;
 use super::edit::{OPERATOR, OperatorEdit, Origin};
 use super::governed::{authors, is_marked, named, staged, staged_id, subject, with_change};
 use super::objects::Sent;
@@ -96,7 +97,9 @@ impl Administration {
             true => !waiting.contains(&***uid),
             false => led_to_nothing(it, seen.get(&***uid), now),
         });
-        let keys = over.map(|(uid, record, _)| change_key(uid, record)).take(MAX_REMOVED);
+        // Of a hub that had no operator before.
+        let proposals = snapshot.proposals.keys().map(proposal_key);
+        let keys = over.map(|(uid, record, _)| change_key(uid, record)).chain(proposals).take(MAX_REMOVED);
         self.registry.remove_records(keys.collect::<Result<_, _>>()?).await
     }
 

@@ -1,5 +1,7 @@
 //! The records of the store, as JSON. Fields are only added, with defaults, so that neighbouring versions are compatible.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -163,6 +165,18 @@ pub struct ApprovalRecord {
     /// The PolicyApproval exists: only then the approval has an effect, and the audit log has it.
     #[serde(default)]
     pub seen: bool,
+}
+
+/// `proposal/<kind>/<name>`: a change that waits for an approval, at a hub without an operator.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProposalRecord {
+    /// The users that sent it, such as `user/ada`.
+    pub authors: BTreeSet<String>,
+    pub action: ChangeAction,
+    /// The manifest with the change; empty for a deletion.
+    pub manifest: String,
+    /// The digest of the manifest with the change; of a deletion, of the one in force.
+    pub digest: String,
 }
 
 impl ChangeRecord {

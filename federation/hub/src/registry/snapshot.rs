@@ -11,7 +11,7 @@ use hanse_policy::inventory::Labels;
 use hanse_store::{Change, Entry, Event, LeaseId, Listing, Revision, Transaction};
 
 use super::records::{
-    self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, Settings, TokenRecord, UserRecord,
+    self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, ProposalRecord, Settings, TokenRecord, UserRecord,
 };
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Kind, ObjectId};
@@ -33,6 +33,8 @@ pub struct Snapshot {
     pub(crate) changes: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Arc<ChangeRecord>>>,
     /// The approvals that are not used yet, by the UID of the PolicyApproval.
     pub(crate) approvals: BTreeMap<Arc<str>, Arc<ApprovalRecord>>,
+    /// The changes of users that wait for an approval, at a hub without an operator.
+    pub(crate) proposals: BTreeMap<ObjectId, Arc<ProposalRecord>>,
     pub(crate) audit_number: u64,
     pub(crate) audit_revision: Revision,
     /// Those of the ClusterSet, where an operator writes them.
@@ -278,6 +280,14 @@ impl Snapshot {
                 }
             }
             ["approval", uid] => set(&mut self.approvals, uid, read(entry)?.map(Arc::new)),
+            ["proposal", kind, name] => {
+                let Some(kind) = Kind::from_name(kind) else { return Ok(()) };
+                let id = ObjectId { kind, name: name.into() };
+                match read(entry)? {
+                    Some(record) => _ = self.proposals.insert(id, Arc::new(record)),
+                    None => _ = self.proposals.remove(&id),
+                }
+            }
             ["meta", "audit"] => {
                 if let Some(entry) = entry {
                     let text = std::str::from_utf8(&entry.value).ok();

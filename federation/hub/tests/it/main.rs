@@ -1,6 +1,7 @@
 //! The hub over real TLS on the loopback address: joining, renewing, revoking, administering, and `kill -9`.
 
 mod administer;
+mod approvals;
 mod before_the_token;
 mod custom_resources;
 #[cfg(feature = "etcd")]

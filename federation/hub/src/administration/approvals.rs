@@ -1,0 +1,275 @@
+//! Approvals at a hub without an operator, by the roles of its users.
+//!
+//! A change of a user in a tier with `requireApproval` is stored as a proposal: it takes effect when another user with the role
+//! `approver` in the tier, or an administrator, approves exactly this change. Until then the version in force stays, and the proposal is
+//! evaluated as a staged policy of the same name. The authors are the users of the certificates with which the change was sent. Which
+//! tiers require approvals is decided by the tiers in force, in the transaction of the change.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use hanse_identity::Identity;
+use hanse_identity::spiffe::check_subdomain;
+use hanse_kubernetes::change::digest;
+use hanse_proto::federation::v1 as wire;
+use hanse_store::{Key, Transaction};
+
+use super::access::permit;
+use super::convert;
+use super::governed::{is_marked, named, staged, staged_id};
+use super::objects::{Done, Edit, Sent, object_key};
+use super::state::Administration;
+use crate::admission::approval::tiers_of;
+use crate::manifest::{self, Kind, ObjectId};
+use crate::registry::records::{AuditDetail, ChangeAction, ProposalRecord, encode};
+use crate::registry::{AuditAction, ChangeError, MAX_OBJECTS, Snapshot, key};
+use crate::roles::Need;
+
+/// Changes that wait, and the bytes of their manifests together.
+const MAX_PROPOSALS: usize = 1_000;
+const MAX_PROPOSAL_BYTES: usize = 16 << 20;
+/// Users that sent one change.
+const MAX_AUTHORS: usize = 16;
+
+/// What a change leads to.
+struct Subject<'a> {
+    action: ChangeAction,
+    /// The manifest with the change; of a deletion, the one in force.
+    manifest: &'a [u8],
+}
+
+impl Sent {
+    fn subject<'a>(&'a self, snapshot: &'a Snapshot) -> Option<Subject<'a>> {
+        let in_force = |id| snapshot.objects.get(id).map_or(&[][..], |object| &object.manifest[..]);
+        match &self.edit {
+            Ok(Edit::Apply { request, .. }) => {
+                Some(Subject { action: ChangeAction::Apply, manifest: &request.manifest })
+            }
+            Ok(Edit::Delete(id)) => Some(Subject { action: ChangeAction::Delete, manifest: in_force(id) }),
+            Ok(Edit::RemoveCluster(_)) | Err(_) => None,
+        }
+    }
+
+    /// Checks that a change of a user needs no approval, and adds to its transaction what ends with it: an earlier proposal.
+    ///
+    /// # Errors
+    /// [`ChangeError::Pending`] when it needs one.
+    pub(super) fn govern_user(
+        &self,
+        snapshot: &Snapshot,
+        id: &ObjectId,
+        transaction: Transaction,
+    ) -> Result<Transaction, ChangeError> {
+        let Some(subject) = self.subject(snapshot) else { return Ok(transaction) };
+        if !transaction.changes.is_empty() {
+            let tiers = tiers_of(snapshot, id, subject.manifest);
+            if !tiers.is_empty() {
+                let tiers: Vec<&str> = tiers.iter().map(|tier| &**tier).collect();
+                let (tiers, who) = (tiers.join(" and "), &self.who);
+                return Err(ChangeError::Pending(format!(
+                    "waits for an approval, which tier {tiers} requires: a user other than {who} with the role approver in it runs `hanse \
+                     policy approve {id}`; until then the version in force stays"
+                )));
+            }
+        }
+        end(snapshot, id, transaction)
+    }
+}
+
+/// Adds the end of a proposal, if there is one.
+fn end(snapshot: &Snapshot, id: &ObjectId, mut transaction: Transaction) -> Result<Transaction, ChangeError> {
+    if !snapshot.proposals.contains_key(id) {
+        return Ok(transaction);
+    }
+    transaction = transaction.delete(proposal_key(id)?);
+    let stage = staged_id(id);
+    let is_own = |it: &&std::sync::Arc<crate::registry::Object>| is_marked(&it.manifest);
+    if id.kind == Kind::FederatedNetworkPolicy && snapshot.objects.get(&stage).filter(is_own).is_some() {
+        transaction = transaction.delete(object_key(&stage)?);
+    }
+    Ok(transaction)
+}
+
+pub(super) fn proposal_key(id: &ObjectId) -> Result<Key, ChangeError> {
+    key(&["proposal", id.kind.name(), &id.name])
+}
+
+impl Administration {
+    /// Makes edits of users; those that need an approval become proposals, with a warning.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub(super) async fn edit_of_user(&self, sent: &[Sent]) -> Result<Vec<Result<Done, ChangeError>>, ChangeError> {
+        let mut outcomes = self.edit(sent).await?;
+        for (sent, outcome) in sent.iter().zip(&mut outcomes) {
+            if let Err(ChangeError::Pending(why)) = outcome {
+                let why = std::mem::take(why);
+                *outcome = self.propose_of_user(sent, why).await;
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// Stores a change of a user that needs an approval.
+    async fn propose_of_user(&self, sent: &Sent, why: String) -> Result<Done, ChangeError> {
+        let snapshot = self.registry.snapshot();
+        let Some((id, subject)) = sent.id().zip(sent.subject(&snapshot)) else { return Err(ChangeError::Busy) };
+        let before = snapshot.objects.get(id).map(|object| &object.manifest[..]);
+        let after = (subject.action == ChangeAction::Apply).then_some(subject.manifest);
+        let proposed = Some(Box::new(("waits for an approval".to_owned(), AuditDetail::of(before, after))));
+        let audit = AuditAction { proposed, ..AuditAction::new(&sent.who, "propose", id.to_string()) };
+        let decide = |snapshot: &Snapshot| {
+            let (alone, done) = sent.decide_alone(snapshot)?;
+            let subject = sent.subject(snapshot).ok_or(ChangeError::Busy)?;
+            if alone.changes.is_empty() || tiers_of(snapshot, id, subject.manifest).is_empty() {
+                // What is in force, or the tier, has changed since.
+                return Err(ChangeError::Busy);
+            }
+            Ok((propose(snapshot, &sent.who, id, &subject)?, done))
+        };
+        let (revision, done) = self.registry.change(&audit, decide).await?;
+        Ok(done.at(revision).with_warning(why))
+    }
+
+    /// The change of an object that waits.
+    ///
+    /// # Errors
+    /// When there is none, or the operator decides.
+    pub(super) fn pending(
+        &self,
+        snapshot: &Snapshot,
+        request: &wire::GetPendingRequest,
+    ) -> Result<wire::PendingChange, ChangeError> {
+        let id = self.approvable(request.kind, &request.name)?;
+        let proposal = snapshot.proposals.get(&id).ok_or_else(|| nothing(&id))?;
+        let before = snapshot.objects.get(&id).map(|object| object.manifest.clone()).unwrap_or_default();
+        let deletion = proposal.action == ChangeAction::Delete;
+        let subject = if deletion { &before[..] } else { proposal.manifest.as_bytes() };
+        let tiers = tiers_of(snapshot, &id, subject).iter().map(ToString::to_string).collect();
+        Ok(wire::PendingChange {
+            kind: convert::kind_to_wire(id.kind).into(),
+            name: id.name.to_string(),
+            deletion,
+            after: Bytes::copy_from_slice(proposal.manifest.as_bytes()),
+            digest: proposal.digest.clone(),
+            authors: proposal.authors.iter().cloned().collect(),
+            tiers,
+            before,
+        })
+    }
+
+    /// Makes the change of an object that waits take effect.
+    ///
+    /// # Errors
+    /// When there is none with this digest, or `who` may not approve it.
+    pub(super) async fn approve(
+        &self,
+        who: &Identity,
+        request: &wire::ApproveRequest,
+    ) -> Result<wire::ApproveResponse, ChangeError> {
+        let id = self.approvable(request.kind, &request.name)?;
+        let audit = AuditAction::new(who, "approve", id.to_string());
+        let decide = |snapshot: &Snapshot| Ok((approve(snapshot, who, &id, &request.digest)?, ()));
+        let (revision, ()) = self.registry.change(&audit, decide).await?;
+        Ok(wire::ApproveResponse { revision })
+    }
+
+    fn approvable(&self, kind: i32, name: &str) -> Result<ObjectId, ChangeError> {
+        let invalid = |text: String| ChangeError::Invalid(text);
+        check_subdomain(name).map_err(|error| invalid(format!("name: {error}")))?;
+        let kind = convert::kind_from_wire(kind).map_err(|status| invalid(status.message().to_owned()))?;
+        match kind {
+            Some(kind) if self.operated.contains(&kind) => Err(ChangeError::Conflict(format!(
+                "kind: the operator of this hub reconciles {}: approve its changes with a kubeconfig of the management cluster",
+                kind.name()
+            ))),
+            Some(kind @ (Kind::FederatedNetworkPolicy | Kind::Tier)) => Ok(ObjectId { kind, name: name.into() }),
+            _ => Err(invalid("kind: only changes of FederatedNetworkPolicy and Tier need approvals".to_owned())),
+        }
+    }
+}
+
+fn nothing(id: &ObjectId) -> ChangeError {
+    ChangeError::NotFound(format!("no change of {id} waits for an approval"))
+}
+
+/// The transaction that stores a proposal. A user who sends the same change becomes one of its authors; another change replaces it.
+fn propose(
+    snapshot: &Snapshot,
+    who: &Identity,
+    id: &ObjectId,
+    subject: &Subject<'_>,
+) -> Result<Transaction, ChangeError> {
+    let digest = digest(subject.manifest);
+    let existing = snapshot.proposals.get(id);
+    let is_same = |it: &&std::sync::Arc<ProposalRecord>| it.action == subject.action && it.digest == digest;
+    let mut authors: BTreeSet<String> = existing.filter(is_same).map(|it| it.authors.clone()).unwrap_or_default();
+    if !authors.insert(who.to_string()) {
+        return Ok(Transaction::default());
+    }
+    let manifest = match subject.action {
+        ChangeAction::Apply => std::str::from_utf8(subject.manifest)
+            .map_err(|error| ChangeError::Invalid(format!("the manifest cannot be read: {error}")))?
+            .to_owned(),
+        ChangeAction::Delete => String::new(),
+    };
+    let others = snapshot.proposals.iter().filter(|(other, _)| *other != id).map(|(_, it)| it.manifest.len());
+    let (count, bytes) = others.fold((0, 0), |(count, bytes), len| (count + 1, bytes + len));
+    for (value, limit, what) in [
+        (authors.len(), MAX_AUTHORS, "authors of one change"),
+        (count + 1, MAX_PROPOSALS, "changes that wait for approvals"),
+        (bytes + manifest.len(), MAX_PROPOSAL_BYTES, "bytes of changes that wait for approvals"),
+    ] {
+        if value > limit {
+            return Err(ChangeError::Limit(format!(
+                "the limit of {limit} {what} is reached: approve or withdraw some"
+            )));
+        }
+    }
+    let record = ProposalRecord { authors, action: subject.action, manifest, digest };
+    let mut transaction = Transaction::default().put(proposal_key(id)?, encode(&record));
+    let wanted = staged(id, subject.action, subject.manifest).filter(|_| id.kind == Kind::FederatedNetworkPolicy);
+    if let Some(wanted) = wanted.filter(|wanted| manifest::check(wanted).is_ok()) {
+        let stage = staged_id(id);
+        let found = snapshot.objects.get(&stage);
+        // One of a user stays.
+        let is_free = found.map_or(snapshot.objects.len() < MAX_OBJECTS, |it| is_marked(&it.manifest));
+        if is_free && found.is_none_or(|it| it.manifest != wanted) {
+            transaction = transaction.put(object_key(&stage)?, wanted);
+        }
+    }
+    Ok(transaction)
+}
+
+/// The transaction that an approval makes.
+fn approve(snapshot: &Snapshot, who: &Identity, id: &ObjectId, digest: &str) -> Result<Transaction, ChangeError> {
+    let proposal = snapshot.proposals.get(id);
+    let in_force = || snapshot.objects.get(id).map(|object| object.manifest.clone()).unwrap_or_default();
+    let manifest = match proposal.map(|it| (it.action, &it.manifest)) {
+        Some((ChangeAction::Apply, manifest)) => Bytes::copy_from_slice(manifest.as_bytes()),
+        Some((ChangeAction::Delete, _)) | None => in_force(),
+    };
+    let tiers = tiers_of(snapshot, id, &manifest);
+    let tiers: Vec<&str> = tiers.iter().map(|tier| &**tier).collect();
+    // A caller without the role does not learn whether a change waits.
+    permit(snapshot, who, Need::Approve(&tiers))?;
+    let proposal = proposal.ok_or_else(|| nothing(id))?;
+    if proposal.authors.contains(&who.to_string()) {
+        let authors = named(&proposal.authors);
+        return Err(ChangeError::Denied(format!(
+            "{who} is an author of the change of {id} ({authors}): another user must approve it"
+        )));
+    }
+    let is_outdated = proposal.action == ChangeAction::Delete && proposal.digest != self::digest(&manifest);
+    if proposal.digest != digest || is_outdated {
+        return Err(ChangeError::Conflict(format!(
+            "the change of {id} is another one now: review and approve it again"
+        )));
+    }
+    if tiers.is_empty() {
+        return Err(ChangeError::Conflict(format!("the change of {id} needs no approval any more: apply it again")));
+    }
+    let approved = Sent::of_approved(id, (proposal.action == ChangeAction::Apply).then_some(manifest));
+    let (transaction, _) = approved.decide_alone(snapshot)?;
+    end(snapshot, id, transaction)
+}

@@ -1,0 +1,202 @@
+//! Approvals at a hub without an operator: by the roles of its users, over real TLS.
+
+use hanse_proto::federation::v1 as wire;
+use tonic::Code;
+use wire::role::Role;
+
+use crate::support::{Admin, TestHub, apply, policy, tier};
+
+const POLICY: wire::ObjectKind = wire::ObjectKind::FederatedNetworkPolicy;
+const TIER: wire::ObjectKind = wire::ObjectKind::Tier;
+
+fn strict(require: bool) -> Vec<u8> {
+    let text = String::from_utf8(tier("strict")).unwrap();
+    text.replace("\"order\":1", &format!("\"order\":1,\"requireApproval\":{require}")).into_bytes()
+}
+
+/// A policy with another order.
+fn ordered(tier: &str, order: u32) -> Vec<u8> {
+    let text = String::from_utf8(policy("web", tier)).unwrap();
+    assert!(text.contains("\"order\":10"), "{text}");
+    text.replace("\"order\":10", &format!("\"order\":{order}")).into_bytes()
+}
+
+fn tiers(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+/// Applies a manifest; returns whether it waits.
+async fn waits(user: &mut Admin, manifest: Vec<u8>) -> bool {
+    let applied = user.apply(apply(manifest)).await.unwrap().into_inner();
+    applied.warnings.iter().any(|it| it.contains("waits for an approval") && it.contains("hanse policy approve"))
+}
+
+async fn manifest(user: &mut Admin, kind: wire::ObjectKind, name: &str) -> Option<serde_json::Value> {
+    let request = wire::GetRequest { kind: kind.into(), name: name.to_owned() };
+    let objects = user.get(request).await.unwrap().into_inner().objects;
+    objects.first().map(|object| serde_json::from_slice(&object.manifest).unwrap())
+}
+
+/// The order of the policy in force.
+async fn in_force(user: &mut Admin) -> Option<u64> {
+    manifest(user, POLICY, "web").await.map(|it| it["spec"]["order"].as_u64().unwrap())
+}
+
+/// The order of the staged policy, and its action.
+async fn stage(user: &mut Admin) -> Option<(u64, String)> {
+    let staged = manifest(user, wire::ObjectKind::StagedFederatedNetworkPolicy, "web").await?;
+    Some((
+        staged["spec"]["order"].as_u64().unwrap(),
+        staged["spec"]["stagedAction"].as_str().unwrap_or_default().to_owned(),
+    ))
+}
+
+async fn pending(user: &mut Admin, kind: wire::ObjectKind, name: &str) -> Result<wire::PendingChange, Code> {
+    let request = wire::GetPendingRequest { kind: kind.into(), name: name.to_owned() };
+    user.get_pending(request).await.map(tonic::Response::into_inner).map_err(|status| status.code())
+}
+
+async fn approve(user: &mut Admin, kind: wire::ObjectKind, name: &str, digest: &str) -> Result<u64, (Code, String)> {
+    let request = wire::ApproveRequest { kind: kind.into(), name: name.to_owned(), digest: digest.to_owned() };
+    let approved = user.approve(request).await.map_err(|status| (status.code(), status.message().to_owned()))?;
+    Ok(approved.into_inner().revision)
+}
+
+fn denied(result: Result<u64, (Code, String)>, words: &str) {
+    let (code, message) = result.unwrap_err();
+    assert!(code == Code::PermissionDenied && message.contains(words), "{code:?}: {message}");
+}
+
+#[tokio::test]
+async fn another_user_with_the_role_approves_a_change() {
+    let test = TestHub::start().await;
+    let mut admin = test.admin().await;
+    let mut ada = test.user("ada", Role::Author(wire::Author { tiers: tiers(&["strict", "open"]) })).await;
+    let mut bob = test.user("bob", Role::Approver(wire::Approver { tiers: tiers(&["strict"]) })).await;
+    let mut eve = test.user("eve", Role::Approver(wire::Approver { tiers: tiers(&["open"]) })).await;
+    for tier in [tier("open"), strict(true)] {
+        assert!(!waits(&mut admin, tier).await, "to require approvals needs none");
+    }
+
+    // Creation: a staged policy, and nothing in force.
+    assert!(waits(&mut ada, ordered("strict", 1)).await);
+    assert_eq!((in_force(&mut ada).await, stage(&mut ada).await), (None, Some((1, "Set".to_owned()))));
+    let waiting = pending(&mut bob, POLICY, "web").await.unwrap();
+    assert_eq!((&waiting.authors[..], &waiting.tiers[..]), (&["user/ada".to_owned()][..], &["strict".to_owned()][..]));
+    assert!(!waiting.deletion && waiting.before.is_empty() && waiting.after == ordered("strict", 1));
+    denied(approve(&mut ada, POLICY, "web", &waiting.digest).await, "needs the role approver=strict");
+    denied(approve(&mut eve, POLICY, "web", &waiting.digest).await, "needs the role approver=strict");
+    let (code, _) = approve(&mut bob, POLICY, "web", "sha256:0").await.unwrap_err();
+    assert_eq!(code, Code::FailedPrecondition, "of another change");
+    // Who sends the same change is an author as well, also an administrator.
+    assert!(waits(&mut admin, ordered("strict", 1)).await);
+    denied(approve(&mut admin, POLICY, "web", &waiting.digest).await, "user/admin is an author of the change");
+    let test = test.restart().await;
+    let (mut admin, mut bob) = (test.admin().await, bob_again(&test).await);
+    let mut ada = test.user("ada", Role::Author(wire::Author { tiers: tiers(&["strict", "open"]) })).await;
+    assert_eq!(pending(&mut bob, POLICY, "web").await.unwrap().authors, ["user/ada", "user/admin"]);
+    approve(&mut bob, POLICY, "web", &waiting.digest).await.unwrap();
+    assert_eq!((in_force(&mut ada).await, stage(&mut ada).await), (Some(1), None));
+    assert_eq!(pending(&mut bob, POLICY, "web").await, Err(Code::NotFound));
+
+    // A change: the version in force stays; another change replaces it, and the version in force withdraws it.
+    assert!(waits(&mut ada, ordered("strict", 2)).await);
+    let second = pending(&mut bob, POLICY, "web").await.unwrap();
+    assert_eq!(second.before, ordered("strict", 1));
+    assert!(waits(&mut ada, ordered("strict", 3)).await);
+    assert_eq!((in_force(&mut ada).await, stage(&mut ada).await), (Some(1), Some((3, "Set".to_owned()))));
+    let (code, _) = approve(&mut bob, POLICY, "web", &second.digest).await.unwrap_err();
+    assert_eq!(code, Code::FailedPrecondition, "it was replaced");
+    assert!(!waits(&mut ada, ordered("strict", 1)).await);
+    assert_eq!((pending(&mut bob, POLICY, "web").await, stage(&mut ada).await), (Err(Code::NotFound), None));
+
+    // A move out of the tier, and a dry run of one.
+    let dry = ada.dry_run(apply(ordered("open", 4))).await.unwrap().into_inner();
+    assert!(dry.warnings.iter().any(|it| it.contains("waits for an approval")), "{dry:?}");
+    assert_eq!(pending(&mut bob, POLICY, "web").await, Err(Code::NotFound));
+    assert!(waits(&mut ada, ordered("open", 4)).await);
+    let moved = pending(&mut bob, POLICY, "web").await.unwrap();
+    approve(&mut bob, POLICY, "web", &moved.digest).await.unwrap();
+    assert_eq!(in_force(&mut ada).await, Some(4));
+    assert!(!waits(&mut ada, ordered("open", 5)).await, "this tier requires no approvals");
+    assert!(waits(&mut ada, ordered("strict", 6)).await, "and a move into the other does");
+    let moved = pending(&mut bob, POLICY, "web").await.unwrap();
+    approve(&mut bob, POLICY, "web", &moved.digest).await.unwrap();
+
+    // A deletion.
+    let request = wire::DeleteRequest { kind: POLICY.into(), name: "web".to_owned() };
+    let deleted = ada.delete(request.clone()).await.unwrap().into_inner();
+    assert!(deleted.warnings.iter().any(|it| it.contains("waits for an approval")), "{deleted:?}");
+    assert_eq!((in_force(&mut ada).await, stage(&mut ada).await), (Some(6), Some((6, "Delete".to_owned()))));
+    let deletion = pending(&mut bob, POLICY, "web").await.unwrap();
+    assert!(deletion.deletion && deletion.after.is_empty() && deletion.before == ordered("strict", 6));
+    approve(&mut bob, POLICY, "web", &deletion.digest).await.unwrap();
+    assert_eq!((in_force(&mut ada).await, stage(&mut ada).await), (None, None));
+
+    // The tier itself: to require no approvals needs one.
+    assert!(waits(&mut admin, strict(false)).await);
+    let change = pending(&mut bob, TIER, "strict").await.unwrap();
+    denied(approve(&mut admin, TIER, "strict", &change.digest).await, "user/admin is an author");
+    assert!(waits(&mut ada, ordered("strict", 7)).await);
+    approve(&mut bob, TIER, "strict", &change.digest).await.unwrap();
+    let still = pending(&mut bob, POLICY, "web").await.unwrap();
+    assert!(still.tiers.is_empty());
+    let (code, _) = approve(&mut admin, POLICY, "web", &still.digest).await.unwrap_err();
+    assert_eq!(code, Code::FailedPrecondition, "no approval is needed any more");
+    assert!(!waits(&mut ada, ordered("strict", 7)).await);
+    assert_eq!((in_force(&mut ada).await, stage(&mut ada).await), (Some(7), None));
+    assert_eq!(pending(&mut bob, POLICY, "web").await, Err(Code::NotFound));
+
+    // Who proposed and who approved, with both versions.
+    let request = wire::ListAuditRequest { limit: 100, object: "FederatedNetworkPolicy/web".to_owned() };
+    let records = admin.list_audit(request).await.unwrap().into_inner().records;
+    let of = |who: &str, action: &str, outcome: &str, before: &str, after: &str| {
+        let has = |text: &str, order: &str| match order {
+            "" => text.is_empty(),
+            order => text.contains(&format!("\"order\":{order},")),
+        };
+        let found = records.iter().filter(|it| it.who == who && it.action == action && it.outcome == outcome);
+        assert!(
+            found.clone().any(|it| has(&it.before, before) && has(&it.after, after)),
+            "{who} {action}: {records:#?}"
+        );
+    };
+    of("user/ada", "propose", "waits for an approval", "", "1");
+    of("user/bob", "approve", "done", "", "1");
+    of("user/ada", "propose", "waits for an approval", "1", "3");
+    of("user/ada", "propose", "waits for an approval", "6", "");
+    of("user/bob", "approve", "done", "6", "");
+    let is_denial = |it: &&wire::AuditRecord| it.who == "user/eve" && it.action == "approve";
+    assert!(records.iter().find(is_denial).is_some_and(|it| it.outcome.contains("approver=strict")), "{records:#?}");
+}
+
+/// `bob`, whose connection ended with the hub.
+async fn bob_again(test: &TestHub) -> Admin {
+    test.user("bob", Role::Approver(wire::Approver { tiers: tiers(&["strict"]) })).await
+}
+
+#[tokio::test]
+async fn staged_policy_of_a_user_and_tiers_with_policies_stay() {
+    let test = TestHub::start().await;
+    let mut admin = test.admin().await;
+    // A policy that was stored before its tier would be in force without an approval.
+    assert!(!waits(&mut admin, ordered("strict", 1)).await);
+    let refused = admin.apply(apply(strict(true))).await.unwrap_err();
+    assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("web"), "{refused}");
+    let request = wire::DeleteRequest { kind: POLICY.into(), name: "web".to_owned() };
+    admin.delete(request).await.unwrap();
+    assert!(!waits(&mut admin, strict(true)).await);
+
+    let staged = String::from_utf8(ordered("strict", 9)).unwrap();
+    let staged = staged.replace("\"FederatedNetworkPolicy\"", "\"StagedFederatedNetworkPolicy\"");
+    assert!(!waits(&mut admin, staged.into_bytes()).await, "staged policies are not enforced");
+    assert!(waits(&mut admin, ordered("strict", 1)).await);
+    assert_eq!(stage(&mut admin).await.map(|it| it.0), Some(9));
+    let mut bob = bob_again(&test).await;
+    let waiting = pending(&mut bob, POLICY, "web").await.unwrap();
+    approve(&mut bob, POLICY, "web", &waiting.digest).await.unwrap();
+    assert_eq!((in_force(&mut admin).await, stage(&mut admin).await.map(|it| it.0)), (Some(1), Some(9)));
+    for kind in [wire::ObjectKind::MemberCluster, wire::ObjectKind::Unspecified] {
+        assert_eq!(pending(&mut bob, kind, "web").await, Err(Code::InvalidArgument));
+    }
+}
