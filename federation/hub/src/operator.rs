@@ -17,7 +17,6 @@
 
 mod allowance;
 mod condition;
-mod election;
 mod members;
 mod metrics;
 mod objects;
@@ -33,6 +32,7 @@ use std::time::Duration;
 
 use futures::stream::{SelectAll, select_all};
 use futures::{FutureExt as _, StreamExt as _};
+use hanse_kubernetes::election::{self, Election};
 use hanse_runtime::retry::Backoff;
 use kube::api::DynamicObject;
 use kube::runtime::events::{Recorder, Reporter};
@@ -46,8 +46,6 @@ use crate::administration::Administration;
 use crate::manifest::Kind;
 use crate::registry::Registry;
 use crate::status::Realisations;
-use election::Election;
-pub use election::LEASE;
 pub use metrics::OperatorMetrics;
 use reconcile::Reconciler;
 use resource::Resource;
@@ -55,6 +53,9 @@ use writer::Writer;
 
 /// The kinds of the hub's objects that the operator reconciles.
 pub const KINDS: [Kind; 5] = Kind::ALL;
+
+/// The name of the Lease whose holder reconciles.
+pub const LEASE: &str = "hanse-hub-operator";
 
 /// Objects in a page of a list: at most 50 × 1.5 MiB are in memory for each kind.
 const PAGE: u32 = 50;
@@ -96,10 +97,14 @@ impl Operator {
         registry: Registry,
         realisations: Arc<dyn Realisations>,
     ) -> Self {
-        // The name of a pod; unique also for two hubs on one machine.
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let identity = format!("{}-{:08x}", host.trim(), rand::random::<u32>());
-        Self { client, administration, registry, realisations, identity, metrics: OperatorMetrics::default() }
+        Self {
+            client,
+            administration,
+            registry,
+            realisations,
+            identity: election::identity(),
+            metrics: OperatorMetrics::default(),
+        }
     }
 
     /// Counts into these metrics.
@@ -110,11 +115,11 @@ impl Operator {
 
     /// Reconciles whenever this hub has the Lease, until `stop`.
     pub async fn run(self, stop: CancellationToken) {
-        let mut election = Election::new(self.client.clone(), self.identity.clone());
+        let mut election = Election::new(self.client.clone(), None, LEASE, self.identity.clone());
         loop {
             let since = tokio::select! {
                 () = stop.cancelled() => return,
-                since = election.acquire() => since,
+                since = election.acquire(|_| {}) => since,
             };
             self.metrics.leader.set(1);
             let is_stopped = tokio::select! {

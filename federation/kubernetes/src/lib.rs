@@ -4,6 +4,7 @@
 
 pub mod change;
 pub mod metrics;
+pub mod election;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,7 +1,7 @@
-//! Which of several hubs reconciles: the holder of a Lease.
+//! Which of several processes leads: the holder of a Lease.
 //!
-//! The holder renews the Lease every 2 s. Where it has not succeeded for 10 s, it stops to reconcile; others take the Lease over when
-//! it did not change for 15 s by their own clock. Clocks of hubs are not compared.
+//! The holder renews the Lease every 2 s. Others take the Lease over when it did not change for 15 s by their own clock, in which the API
+//! server answered them. Clocks of processes are not compared.
 
 use std::time::Duration;
 
@@ -13,19 +13,18 @@ use kube::{Api, Client};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use hanse_kubernetes::answered;
+use crate::answered;
 
-/// The name of the Lease.
-pub const LEASE: &str = "hanse-hub-operator";
-/// Without a renewal for this time, another hub takes the Lease over.
-const DURATION: Duration = Duration::from_secs(15);
-/// Without a successful renewal for this time, the holder stops.
+/// Without a renewal for this time, another process takes the Lease over.
+pub const DURATION: Duration = Duration::from_secs(15);
+/// Without a successful renewal for this time, [`Election::keep`] returns.
 const RENEW_WITHIN: Duration = Duration::from_secs(10);
 const EVERY: Duration = Duration::from_secs(2);
 
 /// One candidate.
 pub struct Election {
     api: Api<Lease>,
+    name: String,
     identity: String,
     /// The version of the Lease of another holder, and since when it has not changed.
     observed: Option<(Option<String>, Instant)>,
@@ -42,36 +41,69 @@ enum Attempt {
     Restored,
 }
 
+/// Why a process no longer leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Ended {
+    #[error("another process has the Lease")]
+    Taken,
+    #[error("the API server was restored from a backup: all objects are read again")]
+    Restored,
+}
+
+/// The name of this process in a Lease: unique also for two processes on one machine, and for a process that starts again.
+pub fn identity() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}-{:08x}", host.trim(), rand::random::<u32>())
+}
+
+impl std::fmt::Debug for Election {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Election").field("name", &self.name).field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
 impl Election {
-    /// The Lease is in the default namespace of the client.
-    pub fn new(client: Client, identity: String) -> Self {
-        Self { api: Api::default_namespaced(client), identity, observed: None, version: None }
+    /// For the Lease `name`, in `namespace`, or in the default namespace of the client.
+    pub fn new(client: Client, namespace: Option<&str>, name: &str, identity: String) -> Self {
+        let api = match namespace {
+            Some(namespace) => Api::namespaced(client, namespace),
+            None => Api::default_namespaced(client),
+        };
+        Self { api, name: name.to_owned(), identity, observed: None, version: None }
     }
 
-    /// Waits until this process has the Lease; returns since when.
-    pub async fn acquire(&mut self) -> Instant {
+    /// Waits until this process has the Lease; returns since when. `attempted` receives the result of each attempt: whether the API server
+    /// answered.
+    pub async fn acquire(&mut self, mut attempted: impl FnMut(&anyhow::Result<()>)) -> Instant {
         let mut failing = false;
         loop {
             let started = Instant::now();
-            match self.attempt().await {
+            let attempt = self.attempt().await;
+            match &attempt {
                 Ok(Attempt::Acquired) => {
-                    info!(identity = self.identity, lease = LEASE, "operator is the leader");
+                    info!(identity = self.identity, lease = self.name, "Lease acquired: this process is the leader");
+                    attempted(&Ok(()));
                     return started;
                 }
                 Ok(Attempt::Taken | Attempt::Restored) => failing = false,
-                Err(error) if !failing => {
+                Err(error) => {
+                    // The holder could not renew either while the API server was away.
+                    self.observed = None;
+                    if !failing {
+                        let error = format!("{error:#}");
+                        warn!(error, lease = self.name, "the Lease cannot be acquired: this process does not lead");
+                    }
                     failing = true;
-                    let error = format!("{error:#}");
-                    warn!(error, lease = LEASE, "the Lease cannot be acquired: custom resources are not reconciled");
                 }
-                Err(_) => {}
             }
+            attempted(&attempt.map(drop));
             // Two candidates do not try at the same time forever.
             tokio::time::sleep(EVERY.mul_f64(rand::random_range(0.75..1.25))).await;
         }
     }
 
-    /// Renews the Lease, which was acquired or renewed at `renewed`, until another process has it.
+    /// Renews the Lease, which was acquired or renewed at `renewed`, until another process has it, or it could not be renewed for 10 s:
+    /// no other process has it before this returns.
     pub async fn keep(&mut self, mut renewed: Instant) {
         loop {
             let renewal = async {
@@ -83,42 +115,62 @@ impl Election {
                 Ok((started, Ok(Attempt::Acquired))) => renewed = started,
                 Ok((_, Ok(Attempt::Restored))) => {
                     return warn!(
-                        lease = LEASE,
+                        lease = self.name,
                         "the API server was restored from a backup: all objects are read again"
                     );
                 }
                 Ok((_, Ok(Attempt::Taken))) => {
-                    return warn!(identity = self.identity, lease = LEASE, "another hub has taken the Lease");
+                    return warn!(identity = self.identity, lease = self.name, "another process has taken the Lease");
                 }
                 Ok((_, Err(error))) => {
-                    warn!(error = format!("{error:#}"), lease = LEASE, "the Lease was not renewed");
+                    warn!(error = format!("{error:#}"), lease = self.name, "the Lease was not renewed");
                 }
-                Err(_) => return warn!(identity = self.identity, lease = LEASE, "the Lease was not renewed in time"),
+                Err(_) => {
+                    return warn!(identity = self.identity, lease = self.name, "the Lease was not renewed in time");
+                }
             }
         }
     }
 
-    /// Gives the Lease back, so that another hub need not wait.
+    /// Renews the Lease until another process has it, however long that fails. `attempted` receives the start and the result of each
+    /// attempt.
+    ///
+    /// Another process may take the Lease [`DURATION`] after the last successful attempt: the caller must not do then what only one process
+    /// may do.
+    pub async fn keep_until_taken(&mut self, mut attempted: impl FnMut(Instant, &anyhow::Result<()>)) -> Ended {
+        loop {
+            tokio::time::sleep(EVERY).await;
+            let started = Instant::now();
+            let attempt = self.attempt().await;
+            match &attempt {
+                Ok(Attempt::Taken) => return Ended::Taken,
+                Ok(Attempt::Restored) => return Ended::Restored,
+                Ok(Attempt::Acquired) | Err(_) => attempted(started, &attempt.map(drop)),
+            }
+        }
+    }
+
+    /// Gives the Lease back, so that another process need not wait.
     pub async fn release(&self) {
         let release = async {
-            let Some(mut lease) = answered(self.api.get_opt(LEASE)).await? else { return anyhow::Ok(()) };
+            let Some(mut lease) = answered(self.api.get_opt(&self.name)).await? else { return anyhow::Ok(()) };
             let spec = lease.spec.get_or_insert_default();
             if spec.holder_identity.as_deref() == Some(&*self.identity) {
                 spec.holder_identity = None;
-                answered(self.api.replace(LEASE, &PostParams::default(), &lease)).await?;
+                answered(self.api.replace(&self.name, &PostParams::default(), &lease)).await?;
             }
             Ok(())
         };
         if let Err(error) = release.await {
-            warn!(error = format!("{error:#}"), lease = LEASE, "the Lease was not released");
+            warn!(error = format!("{error:#}"), lease = self.name, "the Lease was not released");
         }
     }
 
     /// Acquires or renews the Lease.
     async fn attempt(&mut self) -> anyhow::Result<Attempt> {
         let now = Some(MicroTime(Timestamp::now()));
-        let Some(mut lease) = answered(self.api.get_opt(LEASE)).await? else {
-            let metadata = ObjectMeta { name: Some(LEASE.to_owned()), ..ObjectMeta::default() };
+        let Some(mut lease) = answered(self.api.get_opt(&self.name)).await? else {
+            let metadata = ObjectMeta { name: Some(self.name.clone()), ..ObjectMeta::default() };
             let spec = LeaseSpec { acquire_time: now.clone(), ..LeaseSpec::default() };
             let lease = Lease { metadata, spec: Some(self.taken(spec, now)) };
             let created = answered(self.api.create(&PostParams::default(), &lease)).await?;
@@ -147,7 +199,7 @@ impl Election {
         }
         // Fails where another candidate was faster: the version is compared.
         lease.spec = Some(self.taken(spec, now));
-        let renewed = answered(self.api.replace(LEASE, &PostParams::default(), &lease)).await?;
+        let renewed = answered(self.api.replace(&self.name, &PostParams::default(), &lease)).await?;
         Ok(self.acquired(&renewed))
     }
 
