@@ -327,7 +327,21 @@ impl Credentials {
     /// When the file cannot be read, others may read it, or its parts do not belong together.
     pub fn read_file(path: &Path) -> Result<Self, KeyError> {
         let bytes = files::read_secret(path).map_err(|e| KeyError::File(format!("read {}", path.display()), e))?;
-        Self::new(Key::from_pem(&bytes)?, Certificate::from_pem(&bytes)?)
+        Self::from_pem(&bytes)
+    }
+
+    /// Reads both from one text, as [`Self::to_pem`] returns it.
+    ///
+    /// # Errors
+    /// When one is missing or malformed, or the two do not belong together.
+    pub fn from_pem(pem: &[u8]) -> Result<Self, KeyError> {
+        Self::new(Key::from_pem(pem)?, Certificate::from_pem(pem)?)
+    }
+
+    /// The key and the certificate.
+    pub fn to_pem(&self) -> Zeroizing<String> {
+        let key = self.key.to_pem();
+        Zeroizing::new(format!("{}{}", key.as_str(), self.certificate.to_pem()))
     }
 
     /// Writes key and certificate into one file (mode 0600), so that no crash can leave one without the other.
@@ -335,9 +349,8 @@ impl Credentials {
     /// # Errors
     /// When the file cannot be written.
     pub fn write_file(&self, path: &Path) -> Result<(), KeyError> {
-        let key = self.key.to_pem();
-        let text = Zeroizing::new(format!("{}{}", key.as_str(), self.certificate.to_pem()));
-        files::write_secret(path, text.as_bytes()).map_err(|e| KeyError::File(format!("write {}", path.display()), e))
+        files::write_secret(path, self.to_pem().as_bytes())
+            .map_err(|e| KeyError::File(format!("write {}", path.display()), e))
     }
 }
 

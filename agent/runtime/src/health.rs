@@ -13,8 +13,8 @@ pub struct Health {
     conditions: Arc<Mutex<Vec<Condition>>>,
 }
 
-/// A condition of readiness. It starts as false.
-#[derive(Debug, Clone)]
+/// A condition of readiness. It starts as false. The default is one of no process.
+#[derive(Debug, Clone, Default)]
 pub struct Condition {
     name: &'static str,
     holds: Arc<AtomicBool>,

@@ -3,11 +3,13 @@
 // What others wrote is printed by `hanse_runtime::text`, which escapes it.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod agent_service;
 pub mod api_server;
 pub mod exchange;
 pub mod fanout;
 pub mod federated;
 pub mod flows;
+pub mod leadership;
 pub mod live;
 pub mod metrics;
 mod node_taints;
@@ -19,4 +21,5 @@ pub mod registration;
 pub mod report;
 pub mod resolver;
 pub mod source;
+pub mod state;
 pub mod world;

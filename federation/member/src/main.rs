@@ -4,9 +4,10 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::Write as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
@@ -14,6 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use hanse_identity::keys::Credentials;
 use hanse_identity::{Identity, tls};
 use hanse_kubernetes::Access;
+use hanse_member::agent_service::AgentService;
 use hanse_member::api_server::{AgentAccount, ConfigMapName};
 use hanse_member::fanout::{
     NodeRecord, NodeToken, allow_node, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
@@ -22,6 +24,7 @@ use hanse_member::flows::{self, Party, Record};
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
 use hanse_member::source::{self, Location};
+use hanse_member::state::{SecretName, State};
 use hanse_ruleset::{Enforcement, UnknownPods};
 use hanse_runtime::moment::rfc3339;
 use hanse_runtime::monitor::MetricsOptions;
@@ -30,6 +33,8 @@ use hanse_runtime::text::{Items, Versioned};
 use hanse_runtime::{logging, settings, text};
 use serde_json::json;
 
+/// The file of the state with the member's key and certificate.
+const MEMBER_FILE: &str = "member.pem";
 /// The time that tasks have to end when the process stops.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -229,6 +234,11 @@ struct RunArgs {
     /// Directory for the member's files; created if missing.
     #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
     data: PathBuf,
+    /// Secret in which the member keeps its keys and those of nodes, so that a pod that starts with an empty --data needs no token, together
+    /// with the Secrets NAME-nodes-0 to NAME-nodes-f and NAME-kept. All of them must exist. Of several members with this option, the one
+    /// that has the Lease of the same name serves, and the others wait. With --source kubernetes only.
+    #[arg(long, value_name = "NAMESPACE/NAME", help_heading = "Files", value_parser = namespaced)]
+    state_secret: Option<(String, String)>,
     /// Where the objects of the cluster are: `kubernetes` for its API server, or a directory of Kubernetes manifests (`./kubernetes` for
     /// one of this name). If the directory or a subdirectory no longer has manifests, its last objects stay in force.
     #[arg(long, value_name = "kubernetes|DIRECTORY", help_heading = "Source")]
@@ -273,6 +283,12 @@ struct RunArgs {
     /// ConfigMap in which the member keeps the certificate of the cluster's authority for agents, under `authority.pem`.
     #[arg(long, value_name = "NAMESPACE/NAME", help_heading = "Nodes", value_parser = namespaced)]
     authority_config_map: Option<(String, String)>,
+    /// Service without a selector through which agents reach the member that serves: it writes the EndpointSlice NAME-leader.
+    #[arg(long, value_name = "NAMESPACE/NAME", help_heading = "Nodes", value_parser = namespaced, requires_all = ["state_secret", "agent_address"])]
+    agent_service: Option<(String, String)>,
+    /// Address of this process in the EndpointSlice of --agent-service: of its pod.
+    #[arg(long, value_name = "IP", help_heading = "Nodes")]
+    agent_address: Option<IpAddr>,
     /// Verdict for traffic of pods without rules, such as new pods.
     #[arg(long, value_enum, default_value_t = Unknown::Deny, help_heading = "Nodes")]
     unknown_pods: Unknown,
@@ -339,10 +355,12 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             let args = *args;
             let shutdown = Shutdown::default();
             let source = location(args.source, args.kubeconfig, args.context)?;
-            let needs_server = args.agent_service_account.is_some() || args.authority_config_map.is_some();
+            let needs_server = args.agent_service_account.is_some()
+                || args.authority_config_map.is_some()
+                || args.state_secret.is_some();
             anyhow::ensure!(
                 !needs_server || matches!(source, Location::Kubernetes(_)),
-                "--agent-service-account and --authority-config-map are for --source kubernetes"
+                "--state-secret, --agent-service-account and --authority-config-map are for --source kubernetes"
             );
             let options = Options {
                 data: args.data,
@@ -351,6 +369,11 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                 join: args.join,
                 token_file: args.token_file,
                 source,
+                state: args.state_secret.map(|(namespace, name)| SecretName { namespace, name }),
+                agent_service: args
+                    .agent_service
+                    .zip(args.agent_address)
+                    .map(|((namespace, name), address)| AgentService { namespace, name, address }),
                 agent_account: args.agent_service_account.map(|(namespace, name)| AgentAccount {
                     namespace,
                     name,
@@ -375,12 +398,18 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                 health_listen: args.health_listen,
                 metrics: args.metrics,
             };
-            let running = process::run(options, shutdown.clone());
-            tokio::select! {
-                ended = running => ended?,
-                signalled = shutdown.wait_for_signal() => signalled.context("wait for a signal")?,
+            let elected = OnceLock::new();
+            let running = process::run_elected(options, shutdown.clone(), &elected);
+            let ended = tokio::select! {
+                ended = running => ended,
+                signalled = shutdown.wait_for_signal() => signalled.context("wait for a signal"),
+            };
+            let has_ended = shutdown.drain(DRAIN).await;
+            // Only when nothing is served any more.
+            if let Some(leadership) = elected.get().filter(|_| has_ended) {
+                leadership.release().await;
             }
-            shutdown.drain(DRAIN).await;
+            ended?;
             shutdown.outcome()
         }
     }
@@ -411,6 +440,11 @@ fn location(source: PathBuf, kubeconfig: Option<PathBuf>, context: Option<String
 
 async fn join(args: JoinArgs) -> anyhow::Result<()> {
     let _lock = process::lock_data(&args.data)?;
+    anyhow::ensure!(
+        !State::of_member(&args.data)?.is_in_secrets(),
+        "the state of the member of {} is in Secrets: remove member.pem from the first of them, and start the member with a new token",
+        args.data.display()
+    );
     let is_final = args.federated_allow == FederatedAllow::Final;
     let shutdown = Shutdown::default();
     let stop = shutdown.token();
@@ -421,43 +455,51 @@ async fn join(args: JoinArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Fails if `data` is not the directory of a member that has joined, so that a typo in the path is not taken for an empty member.
-fn check_joined(data: &Path) -> anyhow::Result<()> {
-    anyhow::ensure!(member_file(data).exists(), "{} is not the directory of a member that has joined", data.display());
-    Ok(())
+/// The state of a member that has joined. Fails otherwise, so that a typo in the path is not taken for an empty member.
+fn joined_state(data: &Path) -> anyhow::Result<State> {
+    let state = State::of_member(data)?;
+    anyhow::ensure!(has_joined(&state)?, "{} is not the directory of a member that has joined", data.display());
+    Ok(state)
 }
 
-/// The member's certificate, the last file that a join writes.
-fn member_file(data: &Path) -> PathBuf {
-    data.join("member.pem")
+/// Whether the state contains the member's certificate, the last file that a join writes.
+fn has_joined(state: &State) -> anyhow::Result<bool> {
+    Ok(state.version(MEMBER_FILE).with_context(|| format!("read {MEMBER_FILE}"))?.is_some())
 }
 
-/// The identity in a data directory. If `cluster` is given, it must be the identity of that cluster.
-fn identity_of(data: &Path, cluster: Option<&str>) -> anyhow::Result<MemberIdentity> {
-    check_joined(data)?;
-    let file = member_file(data);
-    let own = Credentials::read_file(&file)?;
+/// The identity in a state. If `cluster` is given, it must be the identity of that cluster.
+fn identity_of(state: &State, cluster: Option<&str>) -> anyhow::Result<MemberIdentity> {
+    let pem = state.read_key(MEMBER_FILE).with_context(|| format!("read {MEMBER_FILE}"))?;
+    let own = Credentials::from_pem(&pem.context("the files of the member are missing")?)?;
     let Identity::Cluster(own) = own.identity() else {
-        anyhow::bail!("{} is not the certificate of a cluster", file.display())
+        anyhow::bail!("{MEMBER_FILE} is not the certificate of a cluster")
     };
-    MemberIdentity::read(data, cluster.unwrap_or(own))?.context("the files of the member are missing")
+    MemberIdentity::read(state, cluster.unwrap_or(own))?.context("the files of the member are missing")
 }
 
 /// Waits at most `patience` for the member's certificate.
-fn wait_until_joined(data: &Path, patience: Duration) {
+fn wait_until_joined(data: &Path, patience: Duration) -> anyhow::Result<State> {
     const LOOK_EVERY: Duration = Duration::from_millis(50);
-    let (file, start) = (member_file(data), Instant::now());
+    const LOOK_IN_SECRETS_EVERY: Duration = Duration::from_millis(500);
+    let start = Instant::now();
     let mut said = false;
-    while !file.exists() && start.elapsed() < patience {
+    loop {
+        let state = State::of_member(data)?;
+        if has_joined(&state)? {
+            return Ok(state);
+        }
+        if start.elapsed() >= patience {
+            return joined_state(data);
+        }
         if !said && start.elapsed() > Duration::from_secs(1) {
             said = true;
-            let (file, seconds) = (file.display(), patience.as_secs());
+            let (data, seconds) = (data.display(), patience.as_secs());
             text::note(format_args!(
-                "waiting up to {seconds} s for the cluster to join: {file} does not exist yet; hanse-member run or join \
-                 writes it"
+                "waiting up to {seconds} s for the cluster of {data} to join: it has no {MEMBER_FILE} yet; hanse-member run or join writes \
+                 it"
             ));
         }
-        std::thread::sleep(LOOK_EVERY);
+        std::thread::sleep(if state.is_in_secrets() { LOOK_IN_SECRETS_EVERY } else { LOOK_EVERY });
     }
 }
 
@@ -478,7 +520,7 @@ fn print_list(
 }
 
 fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
-    check_joined(&args.data)?;
+    joined_state(&args.data)?;
     let decision = args.decision.map(|decision| match decision {
         Decision::Allowed => "allowed",
         Decision::Denied => "denied",
@@ -546,9 +588,9 @@ fn flow_table(records: &[Record<'_>]) -> String {
 fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
     match command {
         NodeTokenCommand::Create(args) => {
-            wait_until_joined(&args.data, Duration::from_secs(args.wait_seconds));
-            let identity = identity_of(&args.data, args.cluster.as_deref())?;
-            let created = create_node_token(&args.data, &identity, &args.node, Duration::from_secs(args.seconds))?;
+            let state = wait_until_joined(&args.data, Duration::from_secs(args.wait_seconds))?;
+            let identity = identity_of(&state, args.cluster.as_deref())?;
+            let created = create_node_token(&state, &identity, &args.node, Duration::from_secs(args.seconds))?;
             let node = &args.node;
             if created.known == Some(false) {
                 text::note(format_args!(
@@ -566,8 +608,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
             }
         }
         NodeTokenCommand::List(ListArgs { data, output }) => {
-            check_joined(&data)?;
-            let tokens = list_node_tokens(&data)?;
+            let tokens = list_node_tokens(&joined_state(&data)?)?;
             let state = |token: &NodeToken| match (token.is_used(), token.has_ended(SystemTime::now())) {
                 (_, true) => "ended",
                 (true, false) => "used",
@@ -586,9 +627,8 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
             }
         }
         NodeTokenCommand::Revoke { data, id } => {
-            check_joined(&data)?;
             anyhow::ensure!(
-                revoke_node_token(&data, &id)?,
+                revoke_node_token(&joined_state(&data)?, &id)?,
                 "node token {id} does not exist: see `hanse-member node-token list`"
             );
             text::line(format_args!("node token {id} revoked"))?;
@@ -600,8 +640,7 @@ fn node_token(command: NodeTokenCommand) -> anyhow::Result<()> {
 fn node(command: NodeCommand) -> anyhow::Result<()> {
     match command {
         NodeCommand::List(ListArgs { data, output }) => {
-            check_joined(&data)?;
-            let nodes = list_nodes(&data)?;
+            let nodes = list_nodes(&joined_state(&data)?)?;
             let state = |node: &NodeRecord| match (node.revoked, node.ends_at() < SystemTime::now()) {
                 (true, _) => "revoked",
                 _ if node.is_awaited() => "may enrol",
@@ -622,13 +661,11 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
             }
         }
         NodeCommand::Allow { data, node } => {
-            check_joined(&data)?;
-            allow_node(&data, &node)?;
+            allow_node(&joined_state(&data)?, &node)?;
             text::line(format_args!("node {node} may enrol again"))?;
         }
         NodeCommand::Revoke { data, node } => {
-            check_joined(&data)?;
-            revoke_node(&data, &node)?;
+            revoke_node(&joined_state(&data)?, &node)?;
             text::line(format_args!(
                 "node {node} revoked; its current rules stay in its kernel, and it receives no further ones"
             ))?;
@@ -639,8 +676,8 @@ fn node(command: NodeCommand) -> anyhow::Result<()> {
 
 fn forget(args: ForgetArgs) -> anyhow::Result<()> {
     let ForgetArgs { data, objects, all, output } = args;
-    check_joined(&data)?;
-    let kept = source::kept_objects(&data).with_context(|| format!("read the kept objects in {}", data.display()))?;
+    let state = joined_state(&data)?;
+    let kept = source::kept_objects(&state).with_context(|| format!("read the kept objects in {}", data.display()))?;
     let objects = match all {
         true => kept.clone(),
         false => {
@@ -661,7 +698,7 @@ fn forget(args: ForgetArgs) -> anyhow::Result<()> {
         };
     }
     let count = objects.len();
-    source::forget(&data, objects).map_err(|error| match error.kind() {
+    source::forget(&state, objects, all).map_err(|error| match error.kind() {
         std::io::ErrorKind::TimedOut => anyhow::anyhow!("the member of {} does not run", data.display()),
         _ => anyhow::Error::new(error).context("write the request"),
     })?;

@@ -5,13 +5,11 @@
 //! acknowledges rules.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use hanse_kubernetes::{Access, answered};
-use hanse_runtime::files::write_atomic;
 use hanse_runtime::retry::Backoff;
 use k8s_openapi::api::core::v1::{Node, Taint};
 use k8s_openapi::jiff::Timestamp;
@@ -21,6 +19,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::fanout::Fanout;
+use crate::state::State;
 
 /// The key of the taint.
 pub const AGENT_NOT_READY: &str = "hanse.dev/agent-not-ready";
@@ -32,8 +31,8 @@ const EVERY: Duration = Duration::from_secs(2);
 const PAGE: u32 = 500;
 
 /// Sets and removes the taint, until `stop`.
-pub async fn keep_taints(access: Access, fanout: Fanout, data: PathBuf, stop: CancellationToken) {
-    let mut taints = Taints { access, fanout, data, is_examined: BTreeSet::new(), is_done: BTreeSet::new() };
+pub async fn keep_taints(access: Access, fanout: Fanout, state: State, stop: CancellationToken) {
+    let mut taints = Taints { access, fanout, state, is_examined: BTreeSet::new(), is_done: BTreeSet::new() };
     let mut backoff = Backoff::default();
     let mut nodes = taints.fanout.source_changes();
     loop {
@@ -60,7 +59,7 @@ pub async fn keep_taints(access: Access, fanout: Fanout, data: PathBuf, stop: Ca
 struct Taints {
     access: Access,
     fanout: Fanout,
-    data: PathBuf,
+    state: State,
     /// Nodes that were looked at while their agents had no rules.
     is_examined: BTreeSet<Arc<str>>,
     /// Nodes whose agents have rules, and which have no taint.
@@ -77,7 +76,7 @@ enum Change {
 impl Taints {
     async fn keep(&mut self) -> anyhow::Result<()> {
         let client = self.access.client().await?;
-        let newest = newest_at_start(&client, &self.data).await?;
+        let newest = newest_at_start(&client, &self.state).await?;
         let nodes = self.fanout.readiness();
         self.is_examined.retain(|node| nodes.contains_key(node));
         self.is_done.retain(|node| nodes.contains_key(node));
@@ -152,17 +151,13 @@ fn changed(mut taints: Vec<Taint>, change: Change) -> Vec<Taint> {
 }
 
 /// The creation of the newest node at the first start, by the clock of the API server; `None` if there was no node.
-async fn newest_at_start(client: &Client, data: &Path) -> anyhow::Result<Option<Timestamp>> {
-    let path = data.join(NEWEST_AT_START);
-    match std::fs::read_to_string(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        text => {
-            let text = text.with_context(|| format!("read {}", path.display()))?;
-            return match text.trim() {
-                "" => Ok(None),
-                text => Ok(Some(text.parse().with_context(|| format!("parse {}", path.display()))?)),
-            };
-        }
+async fn newest_at_start(client: &Client, state: &State) -> anyhow::Result<Option<Timestamp>> {
+    if let Some(text) = state.read(NEWEST_AT_START).with_context(|| format!("read {NEWEST_AT_START}"))? {
+        let text = String::from_utf8_lossy(&text);
+        return match text.trim() {
+            "" => Ok(None),
+            text => Ok(Some(text.parse().with_context(|| format!("parse {NEWEST_AT_START}"))?)),
+        };
     }
     let api: Api<Node> = Api::all(client.clone());
     let (mut newest, mut parameters) = (None, ListParams::default().limit(PAGE));
@@ -175,7 +170,9 @@ async fn newest_at_start(client: &Client, data: &Path) -> anyhow::Result<Option<
         }
     }
     let text = newest.map(|it: Timestamp| it.to_string()).unwrap_or_default();
-    write_atomic(&path, text.as_bytes(), 0o600).with_context(|| format!("write {}", path.display()))?;
+    let state = state.clone();
+    let written = tokio::task::spawn_blocking(move || state.write(NEWEST_AT_START, text.as_bytes())).await?;
+    written.with_context(|| format!("write {NEWEST_AT_START}"))?;
     Ok(newest)
 }
 

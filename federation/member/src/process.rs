@@ -1,11 +1,12 @@
 //! The member as a process: it connects its source, the hub streams, the compiler, the fan-out to agents and the reports.
 //!
-//! After the cluster has joined, the member starts without the hub, from its source and the last received objects.
+//! After the cluster has joined, the member starts without the hub, from its source and the last received objects. With a state in Secrets,
+//! several processes may run: one leads, and the others wait until they do.
 
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -17,16 +18,23 @@ use hanse_ruleset::{Enforcement, UnknownPods};
 use hanse_runtime::files;
 use hanse_runtime::health::{Condition, Health, Writes};
 use hanse_runtime::metrics::Metrics as Registry;
+<<<<<<< HEAD
 use hanse_runtime::monitor::{MetricsOptions, Reviews, serve_health, serve_metrics};
+=======
+use hanse_runtime::monitor::{self, Page};
+use hanse_runtime::retry::Backoff;
+>>>>>>> f54f71d (Keep the state of a member in Secrets, and let the holder of a Lease serve)
 use hanse_runtime::shutdown::Shutdown;
 use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
+use crate::agent_service::{AgentService, keep_endpoints};
 use crate::api_server::{self, AgentAccount, ConfigMapName, Reviewer};
 use crate::exchange::client::Client;
 use crate::fanout::Fanout;
 use crate::flows::{self, Inbox};
+use crate::leadership::Leadership;
 use crate::live::Live;
 use crate::metrics::{FlowMetrics, Metrics};
 use crate::node_taints::keep_taints;
@@ -35,7 +43,8 @@ use crate::questions::{Answering, StateRequest};
 use crate::registration::MemberIdentity;
 use crate::report;
 use crate::resolver::Resolver;
-use crate::source::{Changes, LastGood, Location};
+use crate::source::{self, Changes, LastGood, Location, Texts};
+use crate::state::{SecretName, State};
 use crate::world::World;
 
 /// The minimum interval between reports to the hub. A report is sent when the enforcement status changes.
@@ -53,6 +62,10 @@ pub struct Options {
     pub join: Vec<String>,
     pub token_file: Option<PathBuf>,
     pub source: Location,
+    /// The Secrets of the state, and the Lease that elects the process that serves. `None`: the state is in the data directory.
+    pub state: Option<SecretName>,
+    /// The Service at which agents reach the process that serves.
+    pub agent_service: Option<AgentService>,
     /// The service account of agents that enrol with its tokens.
     pub agent_account: Option<AgentAccount>,
     /// Where agents find the cluster's authority.
@@ -76,35 +89,64 @@ pub struct Options {
 /// # Errors
 /// When the cluster cannot join, or a listener cannot be opened.
 pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
+    run_elected(options, shutdown, &OnceLock::new()).await
+}
+
+/// As [`run`]. `elected` is set when this process leads: the caller releases it after the shutdown.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLock<Leadership>) -> anyhow::Result<()> {
     let stop = shutdown.token();
     let _lock = lock_data(&options.data)?;
+<<<<<<< HEAD
     let reviews = metrics_reviews(&options);
     let monitoring = Monitoring::start(&options, reviews.clone(), &shutdown).await?;
     let identity = identity(&options, &stop).await?;
+=======
+    let mut monitoring = Monitoring::start(&options, &shutdown).await?;
+    let Some(Begun { state, leadership, has_own_caches }) = begin(&options, &monitoring, elected, &shutdown).await?
+    else {
+        return Ok(());
+    };
+    if leadership.is_some() {
+        monitoring.begin();
+    }
+    let identity = identity(&options, &state, &stop).await?;
+>>>>>>> f54f71d (Keep the state of a member in Secrets, and let the holder of a Lease serve)
     monitoring.joined.set(true);
     let resolver = Resolver::restore(&options.data, options.hubs.iter().chain(&options.join));
     let identity = identity.with_resolver(resolver.clone());
     keep_fresh(&options, &identity, &resolver, &shutdown);
-    let fanout = Fanout::new(&options.data, options.node_lifetime)?;
+    let fanout = Fanout::new(&state, options.node_lifetime)?;
     let fanout = fanout.with_writes(monitoring.writes.clone()).with_reviewer(reviewer(&options).await?);
     let fanout = fanout.with_metrics_reviews(reviews);
     let (inbox, flows) = Inbox::new();
     let (agents, enrolment) =
         fanout.serve(&identity, options.agent_listen, options.enrol_listen, inbox, &shutdown).await?;
     tracing::info!(cluster = options.cluster, %agents, %enrolment, "member serves");
-    if let (true, Location::Kubernetes(access)) = (options.taint_new_nodes, &options.source) {
-        let keeping = (access.clone(), fanout.clone(), options.data.clone(), stop.clone());
-        shutdown.supervise("taints of nodes", move || {
-            let (access, fanout, data, stop) = keeping.clone();
-            keep_taints(access, fanout, data, stop)
+    if let (Some(service), Some(leadership), Location::Kubernetes(access)) =
+        (&options.agent_service, &leadership, &options.source)
+    {
+        let keeping = (access.clone(), service.clone(), leadership.clone(), stop.clone());
+        shutdown.supervise("Service of agents", move || {
+            let (access, service, leadership, stop) = keeping.clone();
+            keep_endpoints(access, service, (agents, enrolment), leadership, stop)
         });
     }
-    let client = Client::restore(&options.data, monitoring.writes.clone());
-    let mut source = start_source(&options, &monitoring.writes, &shutdown)?;
+    if let (true, Location::Kubernetes(access)) = (options.taint_new_nodes, &options.source) {
+        let keeping = (access.clone(), fanout.clone(), state.clone(), stop.clone());
+        shutdown.supervise("taints of nodes", move || {
+            let (access, fanout, state, stop) = keeping.clone();
+            keep_taints(access, fanout, state, stop)
+        });
+    }
+    let client = Client::restore(&options.data, monitoring.writes.clone()).with_leadership(leadership);
+    let mut changes = start_source(&options, &state, has_own_caches, &monitoring.writes, &shutdown)?;
     // Before the source has been read, the state of the cluster is unknown, and nothing new is published or enforced.
     let local = tokio::select! {
         () = stop.cancelled() => return Ok(()),
-        local = source.recv() => local.context("read the source")?,
+        local = changes.recv() => local.context("read the source")?,
     };
     monitoring.sourced.set(true);
     let ends = EndsOf { options: options.clone(), resolver: resolver.clone(), agents, enrolment };
@@ -128,31 +170,90 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
     client.start(&identity, &options.hubs, &shutdown);
     answering.start(&identity, &options.hubs, &shutdown);
     keep_flows(flows, live, &options, &monitoring, &shutdown);
-    let inputs = Inputs { source, requests, ends, watching: monitoring.watching };
+    let inputs = Inputs { source: changes, requests, ends, watching: monitoring.watching };
     member.run(inputs, &resolver, &stop).await
 }
 
 /// Health and metrics of the process.
 struct Monitoring {
+    health: Health,
     registry: Registry,
     writes: Writes,
+    /// Of a process that waits until it leads.
+    standby: Condition,
     joined: Condition,
     sourced: Condition,
     hub_received: Condition,
     watching: Condition,
 }
 
+/// What a process begins to serve with.
+struct Begun {
+    state: State,
+    leadership: Option<Leadership>,
+    /// The caches in the data directory are those of the last process that served.
+    has_own_caches: bool,
+}
+
+/// The state of the member. If it is in Secrets, waits until this process leads; `None`: it stops before.
+async fn begin(
+    options: &Options,
+    monitoring: &Monitoring,
+    elected: &OnceLock<Leadership>,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Option<Begun>> {
+    let data = options.data.as_path();
+    let (Some(name), Location::Kubernetes(access)) = (&options.state, &options.source) else {
+        State::locate(data, None).context("write in --data")?;
+        return Ok(Some(Begun { state: data.into(), leadership: None, has_own_caches: true }));
+    };
+    State::locate(data, Some((access, name))).context("write in --data")?;
+    let acquired = Leadership::acquire(access, name, &monitoring.standby, &monitoring.writes, shutdown).await?;
+    let Some(leadership) = acquired else { return Ok(None) };
+    let leadership = elected.get_or_init(|| leadership).clone();
+    let mut backoff = Backoff::default();
+    let stop = shutdown.token();
+    loop {
+        let opening = (data.to_owned(), access.clone(), name.clone(), monitoring.writes.clone());
+        let opened = tokio::task::spawn_blocking(move || {
+            let (data, access, name, writes) = opening;
+            let state = State::lead(&data, &access, &name, &writes)?;
+            state.take_from_data()?;
+            let has_own_caches = state.claim_caches().context("claim the caches in --data")?;
+            anyhow::Ok((state, has_own_caches))
+        });
+        match opened.await? {
+            Ok((state, has_own_caches)) => {
+                return Ok(Some(Begun { state, leadership: Some(leadership), has_own_caches }));
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::error!(error, state = %name, "state of the member not usable: nothing is served, nodes keep their rules");
+            }
+        }
+        if !backoff.wait(&stop).await {
+            return Ok(None);
+        }
+    }
+}
+
 impl Monitoring {
     async fn start(options: &Options, reviews: Option<Reviews>, shutdown: &Shutdown) -> anyhow::Result<Self> {
         let (health, registry) = (Health::default(), Registry::default());
-        let this = Self {
-            joined: health.condition("joined"),
-            sourced: health.condition("source read"),
-            hub_received: health.condition("hub received"),
-            watching: health.condition("hub watched"),
+        let mut this = Self {
+            standby: Condition::default(),
+            joined: Condition::default(),
+            sourced: Condition::default(),
+            hub_received: Condition::default(),
+            watching: Condition::default(),
             writes: Writes::new(&health),
+            health: health.clone(),
             registry,
         };
+        match &options.state {
+            Some(_) => this.standby = health.condition("Lease read"),
+            None => this.begin(),
+        }
         shutdown.tell(&health);
         if let Some(address) = options.health_listen {
             serve_health(address, &health, shutdown).await?;
@@ -161,24 +262,32 @@ impl Monitoring {
             .await?;
         Ok(this)
     }
+
+    /// From now on, the process is ready when it serves. Before, it is ready to do so when it has to.
+    fn begin(&mut self) {
+        self.joined = self.health.condition("joined");
+        self.sourced = self.health.condition("source read");
+        self.hub_received = self.health.condition("hub received");
+        self.watching = self.health.condition("hub watched");
+    }
 }
 
 /// The identity of the cluster: from its files, or from joining with a token.
-async fn identity(options: &Options, stop: &CancellationToken) -> anyhow::Result<MemberIdentity> {
-    if let Some(identity) = MemberIdentity::read(&options.data, &options.cluster)? {
+async fn identity(options: &Options, state: &State, stop: &CancellationToken) -> anyhow::Result<MemberIdentity> {
+    if let Some(identity) = MemberIdentity::read(state, &options.cluster)? {
         if options.token_file.as_deref().is_some_and(|file| identity.is_of_other_cluster_set(file)) {
             tracing::warn!(
                 data = %options.data.display(),
-                "token in --token-file ignored: it belongs to another ClusterSet than the files in --data. To join a hub that was set up \
-                 anew, use an empty folder as --data; nodes then enrol with new tokens"
+                "token in --token-file ignored: it belongs to another ClusterSet than the state of the member. To join a hub that was set up \
+                 anew, use an empty folder as --data, or empty Secrets; nodes then enrol again"
             );
         }
         return Ok(identity);
     }
     let token = options.token_file.as_ref().context("the cluster has not joined: --token-file is required")?;
     check_before_joining(options).await.context("the token is not used yet")?;
-    let (data, cluster, join) = (&options.data, &options.cluster, &options.join);
-    Ok(MemberIdentity::join(data, cluster, token, join, options.federated_allow_final, stop).await?)
+    let (cluster, join) = (&options.cluster, &options.join);
+    Ok(MemberIdentity::join(state, cluster, token, join, options.federated_allow_final, stop).await?)
 }
 
 /// Starts the tasks that resolve the hubs' names and renew certificates.
@@ -207,6 +316,7 @@ async fn reviewer(options: &Options) -> anyhow::Result<Option<Reviewer>> {
     Ok(Some(Reviewer::new(access.client().await?, agents.clone())))
 }
 
+<<<<<<< HEAD
 /// Reviews of the tokens of callers of metrics, of this process and of its agents, which share the verdicts.
 fn metrics_reviews(options: &Options) -> Option<Reviews> {
     match &options.source {
@@ -219,14 +329,30 @@ fn metrics_reviews(options: &Options) -> Option<Reviews> {
 
 /// Starts the thread that reads the source. After a restart, it continues with the last good state.
 fn start_source(options: &Options, writes: &Writes, shutdown: &Shutdown) -> anyhow::Result<mpsc::Receiver<Changes>> {
+=======
+/// Starts the thread that reads the source. After a restart, it continues with the last good state; without it, with the objects that the
+/// last process kept although their kind was deleted.
+fn start_source(
+    options: &Options,
+    state: &State,
+    has_own_caches: bool,
+    writes: &Writes,
+    shutdown: &Shutdown,
+) -> anyhow::Result<mpsc::Receiver<Changes>> {
+>>>>>>> f54f71d (Keep the state of a member in Secrets, and let the holder of a Lease serve)
     let (sender, receiver) = mpsc::channel::<Changes>(1);
-    let (location, data, writes) = (options.source.clone(), options.data.clone(), writes.clone());
+    let (location, state, writes) = (options.source.clone(), state.clone(), writes.clone());
+    let kept = match has_own_caches {
+        true => Texts::default(),
+        false => source::kept_texts(&state).context("read the objects that are kept")?,
+    };
     let read = move || {
-        let source = match location.open(&data) {
+        let source = match location.open(&state, kept.omitted) {
             Ok(source) => source,
             Err(error) => panic!("the source cannot be opened: {error}"),
         };
-        let mut source = LastGood::new(source, &data, writes.clone());
+        let texts = kept.texts.iter().map(|(origin, text)| (Path::new(origin).into(), text.clone().into_bytes()));
+        let mut source = LastGood::new(source, state.data(), writes.clone()).with_texts(texts);
         while !sender.is_closed() {
             let began = Instant::now();
             if let Some(changes) = source.poll()

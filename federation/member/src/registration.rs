@@ -1,7 +1,7 @@
 //! The identity of a member: joining with a token, its files, and the renewal of its certificates.
 //!
-//! Files in the data directory: `member.pem` (key and certificate, 0600), `intermediate.pem` (the cluster's own authority, 0600),
-//! `root.pem`, and during a request `*.next.pem` with the next keys. A key is on disk before it is sent to the hub, so that a registered
+//! Files of the state: `member.pem` (key and certificate, 0600), `intermediate.pem` (the cluster's own authority, 0600),
+//! `root.pem`, and during a request `*.next.pem` with the next keys. A key is stored before it is sent to the hub, so that a registered
 //! key survives a crash. With these files, a member starts without the hub.
 
 use std::path::{Path, PathBuf};
@@ -21,9 +21,17 @@ use hanse_runtime::retry::Backoff;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use zeroize::Zeroizing;
 
 use crate::resolver::Resolver;
+use crate::state::State;
 
+/// The files of the state.
+const MEMBER: &str = "member.pem";
+const MEMBER_NEXT: &str = "member.next.pem";
+const AUTHORITY: &str = "intermediate.pem";
+const AUTHORITY_NEXT: &str = "intermediate.next.pem";
+const ROOT: &str = "root.pem";
 /// The timeout of a call for a certificate.
 const CALL_TIME: Duration = Duration::from_secs(15);
 
@@ -61,7 +69,7 @@ pub enum RegistrationError {
 /// A member's identity and its cluster's own authority. Clones share them.
 #[derive(Debug, Clone)]
 pub struct MemberIdentity {
-    data: PathBuf,
+    state: State,
     cluster: Arc<str>,
     root: Certificate,
     credentials: CredentialStore,
@@ -70,24 +78,25 @@ pub struct MemberIdentity {
 }
 
 impl MemberIdentity {
-    /// Reads the files in `data`. `None`: the cluster has not joined yet.
+    /// Reads the files of the state. `None`: the cluster has not joined yet.
     ///
     /// # Errors
     /// When files are damaged, readable by other users, or belong to another cluster.
-    pub fn read(data: &Path, cluster: &str) -> Result<Option<Self>, RegistrationError> {
-        if !data.join("member.pem").exists() {
-            return Ok(None);
-        }
-        let credentials = Credentials::read_file(&data.join("member.pem"))?;
+    pub fn read(state: impl Into<State>, cluster: &str) -> Result<Option<Self>, RegistrationError> {
+        let state = state.into();
+        let Some(credentials) = read_credentials(&state, MEMBER)? else { return Ok(None) };
         let found = credentials.identity().to_string();
         if credentials.identity() != &Identity::Cluster(cluster.into()) {
-            return Err(RegistrationError::OtherFiles(data.to_owned(), found, cluster.to_owned()));
+            return Err(RegistrationError::OtherFiles(state.data().to_owned(), found, cluster.to_owned()));
         }
-        let authority = Ca::new(Credentials::read_file(&data.join("intermediate.pem"))?, false)?;
+        let missing = |file: &str| KeyError::File(format!("read {file}"), std::io::ErrorKind::NotFound.into());
+        let authority = read_credentials(&state, AUTHORITY)?.ok_or_else(|| missing(AUTHORITY))?;
+        let authority = Ca::new(authority, false)?;
+        let root = state.read(ROOT).map_err(|error| KeyError::File(format!("read {ROOT}"), error))?;
         Ok(Some(Self {
-            data: data.to_owned(),
+            state,
             cluster: cluster.into(),
-            root: Certificate::read(&data.join("root.pem"))?,
+            root: Certificate::from_pem(&root.ok_or_else(|| missing(ROOT))?)?,
             credentials: CredentialStore::new(credentials)?,
             authority: watch::Sender::new(Arc::new(authority)),
             resolver: Resolver::default(),
@@ -108,13 +117,15 @@ impl MemberIdentity {
     /// # Errors
     /// When the token is refused or malformed, or `stop` is cancelled. Other failures are retried.
     pub async fn join(
-        data: &Path,
+        state: impl Into<State>,
         cluster: &str,
         token_file: &Path,
         join: &[String],
         federated_allow_final: bool,
         stop: &CancellationToken,
     ) -> Result<Self, RegistrationError> {
+        let state = state.into();
+        let data = state.data();
         files::private_folder(data).map_err(|e| RegistrationError::Folder(data.to_owned(), e))?;
         let text = files::read_provided_secret(token_file)
             .map_err(|e| RegistrationError::TokenFile(token_file.to_owned(), e))?;
@@ -124,18 +135,17 @@ impl MemberIdentity {
             return Err(RegistrationError::OtherCluster(token.cluster, cluster.to_owned()));
         }
         // Before the first request: agents still depend on the existing files.
-        if let Some(former) = Self::read(data, cluster)?
+        if let Some(former) = Self::read(&state, cluster)?
             && former.root.fingerprint() != token.root
         {
             return Err(RegistrationError::OtherClusterSet(data.to_owned()));
         }
         let client = TlsClient::pinned(PinnedRoot::new(token.root, Identity::Hub))?;
-        let key = Key::read_or_generate(&data.join("member.next.pem"))?;
+        let key = next_key(&state, MEMBER_NEXT).await?;
         // Agents pin the key of the authority, so a cluster that joins again keeps it.
-        let former = data.join("intermediate.pem");
-        let authority_key = match former.exists() {
-            true => Credentials::read_file(&former)?.key,
-            false => Key::read_or_generate(&data.join("intermediate.next.pem"))?,
+        let authority_key = match read_credentials(&state, AUTHORITY)? {
+            Some(former) => former.key,
+            None => next_key(&state, AUTHORITY_NEXT).await?,
         };
         let request = wire::JoinRequest {
             token: token.to_text(),
@@ -158,13 +168,14 @@ impl MemberIdentity {
                     }
                     let authority = fitting(&authority_key, &issued.intermediate, cluster, true)?;
                     let credentials = fitting(&key, &issued.certificate, cluster, false)?;
-                    root.write(&data.join("root.pem"))?;
-                    authority.write_file(&data.join("intermediate.pem"))?;
+                    write(&state, ROOT, root.to_pem().into()).await?;
+                    write(&state, AUTHORITY, authority.to_pem()).await?;
                     // Last: the presence of this file means that the cluster has joined.
-                    credentials.write_file(&data.join("member.pem"))?;
+                    write(&state, MEMBER, credentials.to_pem()).await?;
                     info!(cluster, hub = address, key = %key.public(), "joined");
-                    remove_next_keys(data);
-                    return Self::read(data, cluster)?.ok_or(RegistrationError::Unfit("the written files are missing"));
+                    remove_next_keys(&state).await;
+                    return Self::read(&state, cluster)?
+                        .ok_or(RegistrationError::Unfit("the written files are missing"));
                 }
                 Ok(wire::join_response::State::Waiting(waiting)) => {
                     info!(cluster, hub = address, "waiting to be accepted: run `hanse cluster accept`");
@@ -189,9 +200,9 @@ impl MemberIdentity {
         &self.cluster
     }
 
-    /// The data directory.
-    pub fn data(&self) -> &Path {
-        &self.data
+    /// The state that contains its keys.
+    pub fn state(&self) -> &State {
+        &self.state
     }
 
     pub fn root(&self) -> &Certificate {
@@ -274,7 +285,7 @@ impl MemberIdentity {
     /// # Errors
     /// When the hub cannot be reached or refuses. The current certificate stays in use.
     pub async fn renew(&self, address: &str) -> Result<(), RegistrationError> {
-        let key = Key::read_or_generate(&self.data.join("member.next.pem"))?;
+        let key = next_key(&self.state, MEMBER_NEXT).await?;
         let authority = self.authority();
         let due = authority.certificate().renew_at() <= SystemTime::now();
         // The intermediate keeps its key, because agents pin it.
@@ -285,14 +296,14 @@ impl MemberIdentity {
         let answer = call(&connection.peer, RenewalClient::new(connection.channel).renew(request)).await?;
         let issued = answer.issued.ok_or(RegistrationError::Unfit("it is empty"))?;
         let credentials = fitting(&key, &issued.certificate, &self.cluster, false)?;
-        credentials.write_file(&self.data.join("member.pem"))?;
+        write(&self.state, MEMBER, credentials.to_pem()).await?;
         self.credentials.replace(credentials)?;
         if due {
             let renewed = fitting(&authority.credentials().key, &issued.intermediate, &self.cluster, true)?;
-            renewed.write_file(&self.data.join("intermediate.pem"))?;
+            write(&self.state, AUTHORITY, renewed.to_pem()).await?;
             self.authority.send_replace(Arc::new(Ca::new(renewed, false)?));
         }
-        remove_next_keys(&self.data);
+        remove_next_keys(&self.state).await;
         Ok(())
     }
 
@@ -304,8 +315,7 @@ impl MemberIdentity {
         let trust = Trust::new(&self.root, |identity| *identity == Identity::Hub)?;
         let client = TlsClient::anonymous(&trust)?;
         // If the response to a renewal was lost, the next key is already registered.
-        let next = self.data.join("member.next.pem");
-        let keys = [Some(self.credentials.current().key), next.exists().then(|| Key::read(&next)).transpose()?];
+        let keys = [Some(self.credentials.current().key), read_key(&self.state, MEMBER_NEXT)?];
         let mut refused = RegistrationError::Unfit("it is empty");
         for key in keys.into_iter().flatten() {
             let request = wire::RenewLateRequest { request: key.request()?.into() };
@@ -314,7 +324,7 @@ impl MemberIdentity {
             match call(&connection.peer, RegistrationClient::new(connection.channel).renew_late(request)).await {
                 Ok(answer) => {
                     let credentials = fitting(&key, &answer.certificate, &self.cluster, false)?;
-                    credentials.write_file(&self.data.join("member.pem"))?;
+                    write(&self.state, MEMBER, credentials.to_pem()).await?;
                     self.credentials.replace(credentials)?;
                     return Ok(());
                 }
@@ -373,9 +383,38 @@ fn fitting(key: &Key, der: &[u8], cluster: &str, authority: bool) -> Result<Cred
     Ok(Credentials::new(key.clone(), certificate)?)
 }
 
-fn remove_next_keys(data: &Path) {
-    for name in ["member.next.pem", "intermediate.next.pem"] {
+fn read_credentials(state: &State, file: &str) -> Result<Option<Credentials>, KeyError> {
+    let bytes = state.read_key(file).map_err(|error| KeyError::File(format!("read {file}"), error))?;
+    bytes.map(|bytes| Credentials::from_pem(&bytes)).transpose()
+}
+
+fn read_key(state: &State, file: &str) -> Result<Option<Key>, KeyError> {
+    let bytes = state.read_key(file).map_err(|error| KeyError::File(format!("read {file}"), error))?;
+    bytes.map(|bytes| Key::from_pem(&bytes)).transpose()
+}
+
+/// The key of a request that had no answer, or a new one.
+async fn next_key(state: &State, file: &'static str) -> Result<Key, KeyError> {
+    if let Some(key) = read_key(state, file)? {
+        return Ok(key);
+    }
+    let key = Key::generate()?;
+    write(state, file, key.to_pem()).await?;
+    Ok(key)
+}
+
+/// Writes a file of the state, which may take the time of a request.
+async fn write(state: &State, file: &'static str, text: Zeroizing<String>) -> Result<(), KeyError> {
+    let state = state.clone();
+    let writing = tokio::task::spawn_blocking(move || state.write(file, text.as_bytes()));
+    let written = writing.await.map_err(std::io::Error::from).flatten();
+    written.map_err(|error| KeyError::File(format!("write {file}"), error))
+}
+
+async fn remove_next_keys(state: &State) {
+    for file in [MEMBER_NEXT, AUTHORITY_NEXT] {
+        let state = state.clone();
         // A remaining key is used for the next request.
-        let _ = std::fs::remove_file(data.join(name));
+        let _ = tokio::task::spawn_blocking(move || state.remove(file)).await;
     }
 }

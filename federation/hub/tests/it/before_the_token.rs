@@ -32,6 +32,8 @@ impl World {
             join: vec![hub.hub.join_address.to_string()],
             token_file: Some(token_file),
             source: Location::Directory(source),
+            state: None,
+            agent_service: None,
             agent_account: None,
             authority_config_map: None,
             agent_listen: any,

@@ -35,6 +35,7 @@ use super::model::Updates;
 use super::publisher::{ChangedExports, PublishSession, Publisher};
 use super::receiver::{ReceiveError, ReceiveProblem, Receiver};
 use crate::federated::Reader;
+use crate::leadership::Leadership;
 use crate::registration::MemberIdentity;
 
 /// The capacity of a stream's send queue: at most 4 × 1 MiB.
@@ -87,6 +88,8 @@ struct Shared {
     realisation: watch::Sender<Option<Arc<pb::Realisation>>>,
     refusals: Mutex<Refusals>,
     watching: Mutex<Watching>,
+    /// Of several members of the cluster, this process leads.
+    leadership: Option<Leadership>,
     /// Identifies this process at hubs. A process on a copy of the data directory has another value.
     instance: [u8; 16],
 }
@@ -164,11 +167,21 @@ impl Client {
             own: watch::Sender::default(),
             realisation: watch::Sender::default(),
             refusals: Mutex::default(),
+            leadership: None,
             // If no randomness is available, TLS fails as well.
             instance: token::random().unwrap_or_default(),
             watching: Mutex::new(Watching { received: Instant::now(), has_received: false, lease: LEASE, error: None }),
         };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// Notes there that a hub serves another process of the cluster.
+    #[must_use]
+    pub fn with_leadership(mut self, leadership: Option<Leadership>) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.leadership = leadership;
+        }
+        self
     }
 
     /// The cache of federated objects.
@@ -381,6 +394,9 @@ impl Client {
             };
             if let Err(error) = ended {
                 tracing::warn!(error = format!("{error:#}"), hub, "publish stream ended, trying again");
+                if let Some(leadership) = self.shared.leadership.as_ref().filter(|_| is_replaced(&error)) {
+                    leadership.note_replaced();
+                }
             }
             if !backoff.wait(stop).await {
                 return;
@@ -608,6 +624,12 @@ fn rejected(error: &anyhow::Error) -> Option<String> {
     let status = error.chain().find_map(|cause| cause.downcast_ref::<tonic::Status>())?;
     // `OutOfRange`: the message is too large.
     matches!(status.code(), tonic::Code::InvalidArgument | tonic::Code::OutOfRange).then(|| clip(status.message()))
+}
+
+/// Whether a stream ended because the hub serves another process with the key of the cluster.
+fn is_replaced(error: &anyhow::Error) -> bool {
+    let status = error.chain().find_map(|cause| cause.downcast_ref::<tonic::Status>());
+    status.is_some_and(|status| status.code() == tonic::Code::Aborted)
 }
 
 /// Limits the size of an error.

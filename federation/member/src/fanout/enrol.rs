@@ -1,8 +1,7 @@
 //! Enrolment of nodes: single-use tokens with a time limit, stored as hashes, bound to the first key that presents them.
 //!
-//! One file per token in the directory `node-tokens`, so that `hanse-member node-token create` needs no running member.
+//! One file per token in the folder `node-tokens` of the state, so that `hanse-member node-token create` needs no running member.
 
-use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use hanse_identity::Identity;
@@ -11,7 +10,6 @@ use hanse_identity::spiffe::check_subdomain;
 use hanse_identity::tls::peer;
 use hanse_identity::token::{Token, TokenError, TokenKind};
 use hanse_proto::agent::v1 as wire;
-use hanse_runtime::files::{private_folder, write_atomic};
 use hanse_runtime::moment::{from_seconds, seconds};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status};
@@ -20,8 +18,11 @@ use super::nodes::{Locked, NodeRecord, Nodes};
 use super::state::Fanout;
 use crate::api_server::ReviewError;
 use crate::registration::MemberIdentity;
+use crate::state::State;
 
 const FOLDER: &str = "node-tokens";
+/// The maximum number of tokens, of some 0.5 KB each with a long name.
+const MAX_TOKENS: usize = 1_000;
 /// Some 1.5 KiB are usual.
 const MAX_SERVICE_ACCOUNT_TOKEN_BYTES: usize = 8 * 1024;
 /// Pod ranges of one node that are sent; one of each family is usual.
@@ -54,6 +55,8 @@ pub enum NodeTokenError {
         "node {0} is not known: it has no record and no token, and the source does not have it; see `hanse-member node list`"
     )]
     Unknown(String),
+    #[error("there are {MAX_TOKENS} tokens: revoke those that are not used; see `hanse-member node-token list`")]
+    TooMany,
     #[error("node {0} is not revoked: see `hanse-member node list`")]
     NotRevoked(String),
 }
@@ -74,11 +77,12 @@ pub struct Created {
 /// # Errors
 /// When the name is not a node name, or the token cannot be written.
 pub fn create_node_token(
-    data: &Path,
+    state: impl Into<State>,
     identity: &MemberIdentity,
     node: &str,
     lifetime: Duration,
 ) -> Result<Created, NodeTokenError> {
+    let state = state.into();
     Identity::node(identity.cluster(), node).map_err(|_| NodeTokenError::Name(node.to_owned()))?;
     let authority = identity.authority();
     let certificate = authority.certificate();
@@ -92,48 +96,48 @@ pub fn create_node_token(
         expires_at: seconds(expires_at),
         key: None,
     };
-    let folder = data.join(FOLDER);
-    private_folder(&folder).map_err(NodeTokenError::Write)?;
     // Expired tokens are removed.
-    for (id, ended) in list_node_tokens(data)? {
-        if ended.has_ended(SystemTime::now()) {
-            revoke_node_token(data, &id)?;
+    let mut count = 0;
+    for (id, token) in list_node_tokens(&state)? {
+        match token.has_ended(SystemTime::now()) {
+            true => drop(revoke_node_token(&state, &id)?),
+            false => count += 1,
         }
     }
+    if count >= MAX_TOKENS {
+        return Err(NodeTokenError::TooMany);
+    }
     let text = serde_json::to_vec(&kept).map_err(|error| NodeTokenError::Make(error.to_string()))?;
-    write_atomic(&folder.join(format!("{}.json", token.id)), &text, 0o600).map_err(NodeTokenError::Write)?;
-    let known = Nodes::new(data).read_source_nodes().map(|nodes| nodes.contains_key(node));
+    state.write(&file_of(&token.id), &text).map_err(NodeTokenError::Write)?;
+    let known = Nodes::new(&state).read_source_nodes().map(|nodes| nodes.contains_key(node));
     Ok(Created { text: token.to_text(), id: token.id, expires_at, known })
 }
 
 /// The stored tokens, by id.
 ///
 /// # Errors
-/// When the directory or a file cannot be read.
-pub fn list_node_tokens(data: &Path) -> Result<Vec<(String, NodeToken)>, NodeTokenError> {
-    let tokens = read_tokens(data)?.into_iter().map(|(id, token)| Ok((id, token?)));
+/// When the folder or a file cannot be read.
+pub fn list_node_tokens(state: impl Into<State>) -> Result<Vec<(String, NodeToken)>, NodeTokenError> {
+    let tokens = read_tokens(&state.into())?.into_iter().map(|(id, token)| Ok((id, token?)));
     tokens.collect::<std::io::Result<_>>().map_err(NodeTokenError::Read)
 }
 
+fn file_of(id: &str) -> String {
+    format!("{FOLDER}/{id}.json")
+}
+
 /// The record of each token, by id.
-fn read_tokens(data: &Path) -> Result<Vec<(String, std::io::Result<NodeToken>)>, NodeTokenError> {
+fn read_tokens(state: &State) -> Result<Vec<(String, std::io::Result<NodeToken>)>, NodeTokenError> {
     let mut tokens = Vec::new();
-    let entries = match data.join(FOLDER).read_dir() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(tokens),
-        entries => entries.map_err(NodeTokenError::Read)?,
-    };
-    for entry in entries {
-        let path = entry.map_err(NodeTokenError::Read)?.path();
-        let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".json"));
-        let Some(id) = id.filter(|id| !id.starts_with('.')) else { continue };
-        let token = match std::fs::read(&path) {
+    for name in state.list(FOLDER).map_err(NodeTokenError::Read)? {
+        let Some(id) = name.strip_suffix(".json") else { continue };
+        let token = match state.read(&file_of(id)).transpose() {
             // Revoked in the meantime.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            bytes => bytes.and_then(|bytes| Ok(serde_json::from_slice(&bytes)?)),
+            None => continue,
+            Some(bytes) => bytes.and_then(|bytes| Ok(serde_json::from_slice(&bytes)?)),
         };
         tokens.push((id.to_owned(), token));
     }
-    tokens.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(tokens)
 }
 
@@ -141,24 +145,20 @@ fn read_tokens(data: &Path) -> Result<Vec<(String, std::io::Result<NodeToken>)>,
 ///
 /// # Errors
 /// When the file cannot be removed.
-pub fn revoke_node_token(data: &Path, id: &str) -> Result<bool, NodeTokenError> {
+pub fn revoke_node_token(state: impl Into<State>, id: &str) -> Result<bool, NodeTokenError> {
     // The id becomes a file name.
     if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_') {
         return Ok(false);
     }
-    match std::fs::remove_file(data.join(FOLDER).join(format!("{id}.json"))) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(NodeTokenError::Write(error)),
-    }
+    state.into().remove(&file_of(id)).map_err(NodeTokenError::Write)
 }
 
 /// The enrolled nodes. A record that cannot be read is logged and skipped.
 ///
 /// # Errors
 /// When they cannot be read.
-pub fn list_nodes(data: &Path) -> Result<Vec<NodeRecord>, NodeTokenError> {
-    let nodes = Nodes::new(data);
+pub fn list_nodes(state: impl Into<State>) -> Result<Vec<NodeRecord>, NodeTokenError> {
+    let nodes = Nodes::new(state);
     nodes.reload().map_err(NodeTokenError::Read)?;
     Ok(nodes.list())
 }
@@ -167,12 +167,13 @@ pub fn list_nodes(data: &Path) -> Result<Vec<NodeRecord>, NodeTokenError> {
 ///
 /// # Errors
 /// When the name is not a node name, the node is not known, or the record cannot be written.
-pub fn revoke_node(data: &Path, node: &str) -> Result<(), NodeTokenError> {
+pub fn revoke_node(state: impl Into<State>, node: &str) -> Result<(), NodeTokenError> {
+    let state = state.into();
     check_subdomain(node).map_err(|_| NodeTokenError::Name(node.to_owned()))?;
-    let nodes = Nodes::new(data);
+    let nodes = Nodes::new(&state);
     let locked = nodes.lock().map_err(NodeTokenError::Write)?;
     // Before the record: if the process ends in between, no token is left that enrols a revoked node.
-    let tokens = read_tokens(data)?;
+    let tokens = read_tokens(&state)?;
     let has_token = tokens.iter().any(|(_, token)| token.as_ref().is_ok_and(|token| token.node == node));
     if !has_token && !locked.is_known(node) {
         return Err(NodeTokenError::Unknown(node.to_owned()));
@@ -183,7 +184,7 @@ pub fn revoke_node(data: &Path, node: &str) -> Result<(), NodeTokenError> {
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, id, "unreadable token removed"),
         }
-        revoke_node_token(data, &id)?;
+        revoke_node_token(&state, &id)?;
     }
     locked.revoke(node).map_err(NodeTokenError::Write)
 }
@@ -192,9 +193,9 @@ pub fn revoke_node(data: &Path, node: &str) -> Result<(), NodeTokenError> {
 ///
 /// # Errors
 /// When the name is not a node name, the node is not revoked, or the record cannot be written.
-pub fn allow_node(data: &Path, node: &str) -> Result<(), NodeTokenError> {
+pub fn allow_node(state: impl Into<State>, node: &str) -> Result<(), NodeTokenError> {
     check_subdomain(node).map_err(|_| NodeTokenError::Name(node.to_owned()))?;
-    let nodes = Nodes::new(data);
+    let nodes = Nodes::new(state);
     let locked = nodes.lock().map_err(NodeTokenError::Write)?;
     match locked.allow(node).map_err(NodeTokenError::Write)? {
         true => Ok(()),
@@ -234,8 +235,8 @@ impl Service {
             TokenError::OfCluster => Status::invalid_argument(format!("the token is {error}")),
             TokenError::OfNode | TokenError::Malformed => refused(),
         })?;
-        let path = self.identity.data().join(FOLDER).join(format!("{}.json", token.id));
-        let kept = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<NodeToken>(&bytes).ok());
+        let (state, file) = (self.identity.state(), file_of(&token.id));
+        let kept = state.read(&file).ok().flatten().and_then(|bytes| serde_json::from_slice::<NodeToken>(&bytes).ok());
         let mut kept = kept.ok_or_else(refused)?;
         let now = SystemTime::now();
         // Both are hashes of secrets of 256 bits: the time of the comparison reveals nothing useful.
@@ -258,7 +259,7 @@ impl Service {
         locked.enrolled(&kept.node, &key, now, now + self.fanout.shared.lifetime).map_err(keep)?;
         self.fanout.expel(Some(&kept.node));
         let text = serde_json::to_vec(&kept).map_err(|_| Status::internal("write the token"))?;
-        write_atomic(&path, &text, 0o600).map_err(keep)?;
+        state.write_in(locked.turn(), &file, &text).map_err(keep)?;
         Ok(kept.node)
     }
 }
@@ -496,7 +497,7 @@ mod tests {
     fn lists_tokens_until_they_are_revoked() {
         let folder = tempfile::tempdir().expect("a folder");
         assert!(list_node_tokens(folder.path()).expect("no folder yet").is_empty());
-        private_folder(&folder.path().join(FOLDER)).expect("made");
+        std::fs::create_dir(folder.path().join(FOLDER)).expect("made");
         let token = NodeToken { node: "n".into(), secret_hash: String::new(), expires_at: 7, key: None };
         let path = folder.path().join(FOLDER).join("0123456789abcdef.json");
         std::fs::write(&path, serde_json::to_vec(&token).expect("text")).expect("written");

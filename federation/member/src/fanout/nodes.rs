@@ -1,31 +1,30 @@
 //! The registered keys of nodes, and the nodes of the source.
 //!
-//! Each node has a file in the directory `nodes`, named by the hash of the node's name. An enrolment with a node token replaces the keys;
+//! Each node has a file in the folder `nodes` of the member's state, named by the hash of the node's name. An enrolment with a node token replaces the keys;
 //! one with a token of the agents' service account makes them former keys. A renewal adds the requested key; the first connection with it makes it the only key, so that a missed response is harmless. The previous key becomes a
 //! former key. An agent writes its new key to disk before it uses it, so the use of a former key means that two processes have a copy of
 //! the node's directory. From then on, acknowledgements of the node do not count until it is revoked. A lock on the file `.lock` in the
-//! directory serialises `hanse-member node revoke` and a running member.
+//! folder, or the versions of Secrets, serialise `hanse-member node revoke` and a running member.
 //!
-//! A running member has all files in memory and polls for changes, so that checking a key does not read a file. A change reads the file
+//! A running member has all records in memory and polls for changes, so that checking a key does not read a file. A change reads the file
 //! under the lock.
 //!
-//! A node without a file enrolled before keys were registered: it is accepted, and its next renewal registers its key. A node with an
-//! unreadable file is refused.
+//! In a directory, a node without a file enrolled before keys were registered: it is accepted, and its next renewal registers its key.
+//! Secrets are newer than that: there, it is refused, and enrols again. A node with an unreadable file is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use hanse_identity::keys::Fingerprint;
-use hanse_runtime::files::{self, private_folder, write_atomic};
+use hanse_runtime::files::write_atomic;
 use hanse_runtime::moment::{from_seconds, seconds};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+
+use crate::state::{State, Turn, Version};
 
 const FOLDER: &str = "nodes";
 /// The nodes of the source when it was last read, for commands that do not read the source.
@@ -35,8 +34,10 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long after expiry a certificate can be renewed.
 const LATE_RENEWAL: Duration = Duration::from_secs(30 * 86_400);
 /// The maximum number of stored former keys. One-day certificates, renewed after two thirds, take 45 keys in the time of a late renewal.
-/// At most 4.3 KB per node.
 const MAX_FORMER: usize = 64;
+/// The hexadecimal digits of a former key that are stored: 64 bits differ by accident, and a key that resembles one is only refused. At most
+/// 1.2 KB per node.
+const FORMER_DIGITS: usize = 16;
 
 /// The stored record of a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,7 +53,7 @@ pub struct NodeRecord {
     /// When the last certificate expires, likewise.
     ends_at: u64,
     pub revoked: bool,
-    /// The keys that renewals have replaced since the enrolment, the newest last.
+    /// The beginnings of the keys that renewals have replaced since the enrolment, the newest last. Earlier versions stored whole keys.
     #[serde(default)]
     former: Vec<String>,
     /// The address of the first use of the current key.
@@ -84,13 +85,15 @@ impl NodeRecord {
     }
 
     fn was_replaced(&self, key: &Fingerprint) -> bool {
-        !self.revoked && !self.allows(key) && self.former.contains(&key.to_string())
+        let text = key.to_string();
+        let is_former = |former: &String| former.len() >= FORMER_DIGITS && text.starts_with(&**former);
+        !self.revoked && !self.allows(key) && self.former.iter().any(is_former)
     }
 
     /// Makes the renewed key `key` the current one.
     fn promoted(mut self, key: &Fingerprint, from: SocketAddr) -> Self {
         let former = std::mem::replace(&mut self.key, key.to_string());
-        if former != self.key {
+        if former != self.key && !former.is_empty() {
             self.former.push(former);
         }
         self.limit_former();
@@ -101,7 +104,7 @@ impl NodeRecord {
     fn enrolled_again(mut self, key: &Fingerprint, now: SystemTime, ends: SystemTime) -> Self {
         let key = key.to_string();
         self.former.extend([std::mem::take(&mut self.key)].into_iter().chain(self.next.take()));
-        self.former.retain(|former| !former.is_empty() && *former != key);
+        self.former.retain(|former| !former.is_empty() && !key.starts_with(&**former));
         self.limit_former();
         Self { key, used_from: None, enrolled_at: seconds(now), ends_at: seconds(ends), ..self }
     }
@@ -109,13 +112,14 @@ impl NodeRecord {
     fn limit_former(&mut self) {
         let excess = self.former.len().saturating_sub(MAX_FORMER);
         self.former.drain(..excess);
+        self.former.iter_mut().for_each(|former| former.truncate(FORMER_DIGITS));
     }
 }
 
-/// The directory, with the records in memory.
+/// The folder, with the records in memory.
 #[derive(Debug)]
 pub struct Nodes {
-    data: PathBuf,
+    state: State,
     /// By the hash of the node's name. `None`: the file is unreadable.
     records: Mutex<BTreeMap<Fingerprint, Option<ReadRecord>>>,
     /// Serialises changes of this process.
@@ -125,47 +129,36 @@ pub struct Nodes {
 /// A record, as it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ReadRecord {
-    /// The modification time and inode of the file. A change creates a new file.
-    file: (SystemTime, u64),
+    version: Version,
     record: NodeRecord,
 }
 
-/// The locked directory.
+/// The locked folder.
 #[derive(Debug)]
 pub struct Locked<'a> {
     nodes: &'a Nodes,
-    _lock: File,
+    turn: Turn,
 }
 
 impl Nodes {
     /// Reads nothing; see [`Self::reload`].
-    pub fn new(data: &Path) -> Self {
-        Self { data: data.to_owned(), records: Mutex::default(), turn: Arc::default() }
-    }
-
-    fn folder(&self) -> PathBuf {
-        self.data.join(FOLDER)
-    }
-
-    fn path(&self, name: &Fingerprint) -> PathBuf {
-        self.folder().join(format!("{name}.json"))
+    pub fn new(state: impl Into<State>) -> Self {
+        Self { state: state.into(), records: Mutex::default(), turn: Arc::default() }
     }
 
     fn records(&self) -> MutexGuard<'_, BTreeMap<Fingerprint, Option<ReadRecord>>> {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Locks the directory. Blocks the thread while another process has the lock.
+    /// Locks the folder. Blocks the thread while another process has the lock.
     ///
     /// # Errors
-    /// When the directory cannot be locked in time.
+    /// When the folder cannot be locked in time.
     pub fn lock(&self) -> io::Result<Locked<'_>> {
-        let folder = self.folder();
-        private_folder(&folder)?;
-        Ok(Locked { nodes: self, _lock: files::lock_file(&folder.join(".lock"), LOCK_TIMEOUT)? })
+        Ok(Locked { nodes: self, turn: self.state.lock(FOLDER, LOCK_TIMEOUT)? })
     }
 
-    /// Changes the directory on a blocking thread, one change after the other.
+    /// Changes the folder on a blocking thread, one change after the other.
     ///
     /// # Errors
     /// As [`Self::lock`].
@@ -189,16 +182,8 @@ impl Nodes {
     /// When the directory cannot be read. An unreadable file is logged.
     pub fn reload(&self) -> io::Result<bool> {
         let mut names: BTreeSet<Fingerprint> = self.records().keys().copied().collect();
-        match self.folder().read_dir() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            entries => {
-                for entry in entries? {
-                    let name = entry?.file_name();
-                    let name = name.to_str().and_then(|name| name.strip_suffix(".json"));
-                    names.extend(name.and_then(Fingerprint::from_hex));
-                }
-            }
-        }
+        let files = self.state.list(FOLDER)?;
+        names.extend(files.iter().filter_map(|name| Fingerprint::from_hex(name.strip_suffix(".json")?)));
         let mut changed = false;
         for name in names {
             let known = self.records().get(&name).cloned();
@@ -206,8 +191,7 @@ impl Nodes {
                 Ok(record) => record.map(Some),
                 Err(error) => {
                     if known != Some(None) {
-                        let path = self.path(&name).display().to_string();
-                        tracing::error!(%error, path, "node refused: its record cannot be read");
+                        tracing::error!(%error, file = file_of(&name), "node refused: its record cannot be read");
                     }
                     Some(None)
                 }
@@ -227,15 +211,14 @@ impl Nodes {
 
     /// Reads a record, unless the file is still that of `known`.
     fn read_record(&self, name: &Fingerprint, known: Option<&ReadRecord>) -> io::Result<Option<ReadRecord>> {
-        let path = self.path(name);
-        let file = match file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            file => file?,
-        };
-        if let Some(known) = known.filter(|known| known.file == file) {
+        let file = file_of(name);
+        let Some(version) = self.state.version(&file)? else { return Ok(None) };
+        if let Some(known) = known.filter(|known| known.version == version) {
             return Ok(Some(known.clone()));
         }
-        Ok(Some(ReadRecord { file, record: serde_json::from_slice(&std::fs::read(path)?)? }))
+        // A revocation does not remove it: another process has just replaced it.
+        let bytes = self.state.read(&file)?.ok_or(io::ErrorKind::NotFound)?;
+        Ok(Some(ReadRecord { version, record: serde_json::from_slice(&bytes)? }))
     }
 
     /// All readable records, sorted by name.
@@ -248,7 +231,7 @@ impl Nodes {
     /// Whether `key` is registered for the node, as of the last read.
     pub fn allows(&self, node: &str, key: &Fingerprint) -> bool {
         match self.records().get(&Fingerprint::of(node.as_bytes())) {
-            None => true,
+            None => !self.state.is_in_secrets(),
             Some(kept) => kept.as_ref().is_some_and(|kept| kept.record.allows(key)),
         }
     }
@@ -283,22 +266,26 @@ impl Nodes {
     /// # Errors
     /// When the file cannot be written.
     pub fn write_source_nodes(&self, nodes: &BTreeMap<Arc<str>, Vec<IpNet>>) -> io::Result<()> {
-        write_atomic(&self.data.join(SOURCE_NODES), &serde_json::to_vec(nodes)?, 0o600)
+        write_atomic(&self.state.data().join(SOURCE_NODES), &serde_json::to_vec(nodes)?, 0o600)
     }
 
     /// The nodes of the source when it was last read; `None` if it was never read.
     pub fn read_source_nodes(&self) -> Option<BTreeMap<Arc<str>, Vec<IpNet>>> {
-        serde_json::from_slice(&std::fs::read(self.data.join(SOURCE_NODES)).ok()?).ok()
+        serde_json::from_slice(&std::fs::read(self.state.data().join(SOURCE_NODES)).ok()?).ok()
     }
 }
 
-/// The modification time and the inode of a file.
-fn file(path: &Path) -> io::Result<(SystemTime, u64)> {
-    let metadata = path.metadata()?;
-    Ok((metadata.modified()?, metadata.ino()))
+/// The file of a record.
+fn file_of(name: &Fingerprint) -> String {
+    format!("{FOLDER}/{name}.json")
 }
 
 impl Locked<'_> {
+    /// In which other files are written, too.
+    pub fn turn(&self) -> &Turn {
+        &self.turn
+    }
+
     /// # Errors
     /// When the file cannot be read: the registered key is then unknown.
     fn read(&self, node: &str) -> io::Result<Option<NodeRecord>> {
@@ -358,7 +345,7 @@ impl Locked<'_> {
     /// # Errors
     /// When the record cannot be read or written.
     pub fn promote(&self, node: &str, key: &Fingerprint, from: SocketAddr) -> io::Result<bool> {
-        let Some(record) = self.read(node)? else { return Ok(true) };
+        let Some(record) = self.read(node)? else { return Ok(!self.nodes.state.is_in_secrets()) };
         let allowed = record.allows(key);
         if allowed && record.next == Some(key.to_string()) {
             self.write(record.promoted(key, from))?;
@@ -382,6 +369,7 @@ impl Locked<'_> {
             Some(record) if !record.allows(key) => return Ok(false),
             Some(record) if record.next == Some(key.to_string()) => record.promoted(key, from),
             Some(record) => record,
+            None if self.nodes.state.is_in_secrets() => return Ok(false),
             None => NodeRecord { node: node.to_owned(), key: key.to_string(), ..NodeRecord::default() },
         };
         self.write(NodeRecord { next: Some(next.to_string()), ends_at: seconds(ends), ..record })?;
@@ -457,17 +445,48 @@ impl Locked<'_> {
         Ok(true)
     }
 
+    /// Makes room where a Secret is full: removes the records beside that of `name` of nodes that can neither connect nor renew any more.
+    /// Returns their number.
+    fn remove_ended(&self, name: &Fingerprint) -> io::Result<usize> {
+        let now = SystemTime::now();
+        let has_ended = |it: &NodeRecord| {
+            !it.revoked && it.ends_at != 0 && now.duration_since(it.ends_at()).is_ok_and(|late| late > LATE_RENEWAL)
+        };
+        let digit = |name: &Fingerprint| name.0[0] >> 4;
+        let ended: Vec<(Fingerprint, String)> = {
+            let records = self.nodes.records();
+            let beside = records.iter().filter(|(it, _)| digit(it) == digit(name));
+            let ended = beside.filter_map(|(it, kept)| Some((*it, kept.as_ref().filter(|it| has_ended(&it.record))?)));
+            ended.map(|(it, kept)| (it, kept.record.node.clone())).collect()
+        };
+        for (name, node) in &ended {
+            self.nodes.state.remove(&file_of(name))?;
+            self.nodes.records().remove(name);
+            tracing::info!(node, "record of a node removed: its certificate ended more than 30 days ago");
+        }
+        Ok(ended.len())
+    }
+
     fn write(&self, record: NodeRecord) -> io::Result<()> {
         let name = Fingerprint::of(record.node.as_bytes());
-        let path = self.nodes.path(&name);
-        write_atomic(&path, &serde_json::to_vec(&record)?, 0o600)?;
-        self.nodes.records().insert(name, Some(ReadRecord { file: file(&path)?, record }));
+        let (file, bytes) = (file_of(&name), serde_json::to_vec(&record)?);
+        let written = self.nodes.state.write_in(&self.turn, &file, &bytes);
+        match written {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull && self.remove_ended(&name)? > 0 => {
+                self.nodes.state.write_in(&self.turn, &file, &bytes)?;
+            }
+            written => written?,
+        }
+        let version = self.nodes.state.version(&file)?.ok_or(io::ErrorKind::NotFound)?;
+        self.nodes.records().insert(name, Some(ReadRecord { version, record }));
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     const HOUR: Duration = Duration::from_secs(3_600);
@@ -577,7 +596,7 @@ mod tests {
         assert!(nodes.lock().expect("free").is_known("n"));
         assert!(!nodes.allows("n", &key));
         // Also with a damaged record.
-        std::fs::write(nodes.path(&Fingerprint::of(b"n")), "no record").expect("written");
+        std::fs::write(folder.path().join(file_of(&Fingerprint::of(b"n"))), "no record").expect("written");
         assert!(nodes.lock().expect("free").renew("n", &key, &key, SystemTime::now(), address(1)).is_err());
         nodes.lock().expect("free").revoke("n").expect("kept");
         assert!(nodes.reload().is_ok() && !nodes.allows("n", &key));
@@ -594,7 +613,7 @@ mod tests {
             nodes.lock().expect("free").enrolled(node, &key, now, now + HOUR).expect("kept");
         }
         assert!(!nodes.reload().expect("read"), "it has changed them itself");
-        let path = nodes.path(&Fingerprint::of(b"b"));
+        let path = folder.path().join(file_of(&Fingerprint::of(b"b")));
         let written = path.metadata().and_then(|it| it.modified()).expect("a time");
         let damage = |at| {
             std::fs::write(&path, "no record").expect("written");

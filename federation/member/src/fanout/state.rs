@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -10,7 +9,6 @@ use hanse_identity::ca::CaError;
 use hanse_identity::instances::{Instance, Instances};
 use hanse_identity::keys::{Fingerprint, KeyError};
 use hanse_ruleset::Generation;
-use hanse_runtime::files::write_atomic;
 use hanse_runtime::health::Writes;
 use hanse_runtime::monitor::Reviews;
 use ipnet::IpNet;
@@ -22,8 +20,11 @@ use super::nodes::Nodes;
 use super::status::{NodeStatus, RulesPosition};
 use crate::api_server::Reviewer;
 use crate::exchange::model::Position;
+use crate::state::State;
 use crate::world::{Compiled, NodeRules};
 
+/// The last term of rule sets, in the state.
+const TERM: &str = "term";
 /// How long an enrolment waits until the source has been read.
 const SOURCE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The interval between checks for revoked nodes. For 5,000 nodes, a check takes 20 ms of a separate thread.
@@ -37,10 +38,10 @@ pub enum FanoutError {
     Ca(#[from] CaError),
     #[error("listen on {0}")]
     Listen(SocketAddr, #[source] std::io::Error),
-    #[error("read the keys of nodes in {0}")]
-    Nodes(PathBuf, #[source] std::io::Error),
-    #[error("write the term to {0}")]
-    Term(PathBuf, #[source] std::io::Error),
+    #[error("read the keys of nodes")]
+    Nodes(#[source] std::io::Error),
+    #[error("write the file {TERM} of the state")]
+    Term(#[source] std::io::Error),
 }
 
 /// Sends rule sets to agents. Clones share everything.
@@ -124,15 +125,18 @@ impl Fanout {
     ///
     /// # Errors
     /// When the term cannot be written, or the keys of nodes cannot be read.
-    pub fn new(data: &Path, lifetime: Duration) -> Result<Self, FanoutError> {
-        let path = data.join("term");
-        let last = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
+    pub fn new(state: impl Into<State>, lifetime: Duration) -> Result<Self, FanoutError> {
+        let state = state.into();
+        let turn = state.turn();
+        let last =
+            state.read(TERM).ok().flatten().and_then(|text| std::str::from_utf8(&text).ok()?.trim().parse().ok());
         // If the file is missing, the clock ensures that the term increases.
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let term = last.max(now).saturating_add(1);
-        write_atomic(&path, format!("{term}\n").as_bytes(), 0o600).map_err(|error| FanoutError::Term(path, error))?;
-        let keys = Arc::new(Nodes::new(data));
-        keys.reload().map_err(|error| FanoutError::Nodes(data.to_owned(), error))?;
+        let term = last.unwrap_or(0).max(now).saturating_add(1);
+        // In a Secret, this fails if another process has begun a term since it was read: no two have the same one.
+        state.write_in(&turn, TERM, format!("{term}\n").as_bytes()).map_err(FanoutError::Term)?;
+        let keys = Arc::new(Nodes::new(&state));
+        keys.reload().map_err(FanoutError::Nodes)?;
         let source = SourceNodes { nodes: Arc::new(keys.read_source_nodes().unwrap_or_default()), read: false };
         let source = watch::Sender::new(source);
         let shared = Shared {

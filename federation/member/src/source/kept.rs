@@ -141,7 +141,8 @@ impl Kept {
         });
     }
 
-    fn text(&self, origin: &Path) -> Option<Vec<u8>> {
+    /// The stored text of an origin, whether it is written or not.
+    pub fn text(&self, origin: &Path) -> Option<Vec<u8>> {
         if let Some(unwritten) = self.unwritten.get(origin) {
             return unwritten.clone();
         }

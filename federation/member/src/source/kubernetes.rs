@@ -27,9 +27,10 @@ use self::collection::{COLLECTIONS, Collection, DEFINITIONS};
 use self::forgetting::Requests;
 use self::report::{Definition, Report, Reports, State};
 use super::{Event, Objects, Source};
+use crate::state::State as Files;
 use hanse_kubernetes::Access;
 
-pub use self::forgetting::{forget, kept_objects};
+pub use self::forgetting::{Texts, forget, kept_objects, kept_texts};
 
 /// A poll without changes takes this long.
 const WAIT: Duration = Duration::from_millis(100);
@@ -49,6 +50,8 @@ pub struct Kubernetes {
     reports: mpsc::Receiver<Report>,
     collections: BTreeMap<String, Status>,
     requests: Requests,
+    /// The number of kept objects of an earlier process that neither its state nor its caches contain: what it enforced is not known.
+    missing: usize,
     /// All collections were read, or their last good state was restored.
     is_synced: bool,
     /// When changes were received last.
@@ -78,17 +81,31 @@ struct Failing {
 }
 
 impl Kubernetes {
-    /// Connects when it is polled first. `data`: the data directory of the member.
+    /// Connects when it is polled first. `state`: of the member, with the requests to forget kept objects.
     ///
     /// # Errors
     /// When the runtime cannot be created.
-    pub fn new(access: Access, data: &Path) -> std::io::Result<Self> {
+    pub fn new(access: Access, state: impl Into<Files>) -> std::io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (sender, reports) = Reports::new();
         runtime.spawn(start(access, sender));
         let status = |collection: &Collection| (collection.name(), Status::new(*collection));
         let collections = COLLECTIONS.iter().chain([&DEFINITIONS]).map(status).collect();
-        Ok(Self { runtime, reports, collections, requests: Requests::new(data), is_synced: false, received_at: None })
+        let requests = Requests::new(state.into());
+        Ok(Self { runtime, reports, collections, requests, missing: 0, is_synced: false, received_at: None })
+    }
+
+    /// With a number of kept objects of an earlier process that are missing: nothing is reported before they are forgotten.
+    #[must_use]
+    pub fn with_missing(self, missing: usize) -> Self {
+        if missing > 0 {
+            tracing::error!(
+                missing,
+                "objects whose CustomResourceDefinition was deleted were kept in force by another process, and are too many to be stored: \
+                 nodes keep their rules; run `hanse-member forget --all`, or create the definition and the objects again"
+            );
+        }
+        Self { missing, ..self }
     }
 
     /// The reports of the next moment; empty if there are none.
@@ -155,6 +172,9 @@ impl Kubernetes {
 
     /// Whether the state of all collections is known, or was known to an earlier process.
     fn is_complete(&self, objects: &Objects) -> bool {
+        if self.missing > 0 {
+            return false;
+        }
         let was_listed = |status: &Status| status.failing.is_some() && objects.has_origin(&status.collection.origin());
         let knows_definitions = self.collections.get(&DEFINITIONS.name()).is_some_and(was_listed);
         self.collections.values().all(|status| {
@@ -190,6 +210,9 @@ impl Kubernetes {
     /// Removes kept objects on request.
     fn forget(&mut self, events: &mut Vec<Event>) {
         let Some(request) = self.requests.take() else { return };
+        if request.is_of_all() {
+            self.missing = 0;
+        }
         for status in self.collections.values_mut() {
             let mut is_changed = false;
             for kept in status.kept.values_mut() {
@@ -205,9 +228,12 @@ impl Kubernetes {
         }
     }
 
-    fn write_kept(&mut self) {
-        let kept = self.collections.values().flat_map(|status| status.kept.values().flatten());
-        self.requests.write_kept(kept.map(|origin| name_of(origin)).collect());
+    fn write_kept(&mut self, objects: &Objects) {
+        // Until everything was read, the list of an earlier process is the better one.
+        if self.is_synced {
+            let kept = self.collections.values().flat_map(|status| status.kept.values().flatten());
+            self.requests.write_kept(kept.cloned().collect(), name_of, |origin| objects.text(origin));
+        }
     }
 }
 
@@ -320,7 +346,7 @@ impl Source for Kubernetes {
             self.is_synced = true;
             events.push(Event::Synced(Path::new("").into()));
         }
-        self.write_kept();
+        self.write_kept(objects);
         events
     }
 

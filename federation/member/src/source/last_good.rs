@@ -114,6 +114,16 @@ impl<S: Source> LastGood<S> {
         Self { source, objects, is_started: false }
     }
 
+    /// With the texts of origins that an earlier process has stored elsewhere.
+    #[must_use]
+    pub fn with_texts(mut self, texts: impl Iterator<Item = (Arc<Path>, Vec<u8>)>) -> Self {
+        for (origin, text) in texts {
+            self.objects.kept.keep(Arc::clone(&origin), text);
+            self.objects.unloaded.insert(origin);
+        }
+        self
+    }
+
     /// The time until the next poll, after one that took `took`.
     pub fn pause(&self, took: Duration) -> Duration {
         self.source.pause(took)
@@ -174,6 +184,11 @@ impl Objects {
     pub fn has_good_objects(&mut self, origin: &Path) -> bool {
         self.load(origin);
         self.origins.get(origin).is_some_and(|it| it.is_good && !it.objects.is_empty())
+    }
+
+    /// The stored text of an origin.
+    pub fn text(&self, origin: &Path) -> Option<Vec<u8>> {
+        self.kept.text(origin)
     }
 
     /// Restores the stored state of a scope. Returns whether the scope has an origin.

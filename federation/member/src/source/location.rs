@@ -1,8 +1,9 @@
 //! Which source a member has.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::{Directory, Kubernetes, Source};
+use crate::state::State;
 use hanse_kubernetes::Access;
 
 /// Where the objects of a cluster are.
@@ -15,14 +16,14 @@ pub enum Location {
 }
 
 impl Location {
-    /// The source at this location. `data`: the data directory of the member.
+    /// The source at this location. `state`: of the member. `missing`: see [`Kubernetes::with_missing`].
     ///
     /// # Errors
     /// When the system refuses what the source needs.
-    pub fn open(&self, data: &Path) -> std::io::Result<Box<dyn Source>> {
+    pub fn open(&self, state: &State, missing: usize) -> std::io::Result<Box<dyn Source>> {
         Ok(match self {
             Self::Directory(path) => Box::new(Directory::new(path)),
-            Self::Kubernetes(access) => Box::new(Kubernetes::new(access.clone(), data)?),
+            Self::Kubernetes(access) => Box::new(Kubernetes::new(access.clone(), state)?.with_missing(missing)),
         })
     }
 }

@@ -1,75 +1,90 @@
-//! Kept objects are listed in one file, and forgotten by a request in another one.
+//! Kept objects are listed in one file of the state, and forgotten by a request in another one.
+//!
+//! A state in Secrets also contains their texts: another process may lead next, which has never read them, and cannot read them any more.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::state::State;
+
+/// The names of kept objects, for the command.
+const KEPT: &str = "source/kept.json";
+/// Their texts.
+const TEXTS: &str = "source/texts.json";
+const REQUEST: &str = "source/forget.json";
 /// The longest time until a running member takes a request.
 const TAKEN_WITHIN: Duration = Duration::from_secs(10);
 /// Names in one request.
 const MAX_NAMES: usize = 10_000;
+/// Of the texts in a Secret, with room for the names: see [`crate::state::MAX_SECRET_BYTES`]. At 2 KB each, they are some 350.
+const MAX_TEXT_BYTES: usize = 700 << 10;
+/// The bytes of the names in the list.
+const MAX_NAME_BYTES: usize = 200 << 10;
+/// The interval between attempts to write the list.
+const WRITE_AGAIN_AFTER: Duration = Duration::from_secs(2);
 
 /// Objects that are in force although their kind was deleted, each as `COLLECTION/NAMESPACE/NAME` or `COLLECTION/NAME`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Names {
     objects: Vec<String>,
+    /// Of a request: all of them, also those that the list does not contain.
+    #[serde(default)]
+    all: bool,
+}
+
+/// The texts of kept objects, by origin.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Texts {
+    pub texts: BTreeMap<String, String>,
+    /// The number of further ones, for which there was no room.
+    pub omitted: usize,
 }
 
 /// The name of an object that is kept in force although its kind was deleted.
 pub type KeptObject = String;
 
-fn folder(data: &Path) -> PathBuf {
-    data.join("source")
+fn read<T: serde::de::DeserializeOwned>(state: &State, file: &str) -> io::Result<Option<T>> {
+    Ok(state.read(file)?.map(|text| serde_json::from_slice(&text)).transpose()?)
 }
 
-fn kept_file(data: &Path) -> PathBuf {
-    folder(data).join("kept.json")
-}
-
-fn request_file(data: &Path) -> PathBuf {
-    folder(data).join("forget.json")
-}
-
-fn replace(path: &Path, names: &Names) -> io::Result<()> {
-    let temporary = path.with_extension("new");
-    std::fs::write(&temporary, serde_json::to_vec(names).map_err(io::Error::other)?)?;
-    std::fs::rename(&temporary, path)
-}
-
-fn read(path: &Path) -> io::Result<Option<Names>> {
-    match std::fs::read(path) {
-        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// The kept objects of the member with this data directory.
+/// The kept objects of the member with this state.
 ///
 /// # Errors
 /// When the file of the member cannot be read.
-pub fn kept_objects(data: &Path) -> io::Result<Vec<KeptObject>> {
-    Ok(read(&kept_file(data))?.unwrap_or_default().objects)
+pub fn kept_objects(state: impl Into<State>) -> io::Result<Vec<KeptObject>> {
+    Ok(read::<Names>(&state.into(), KEPT)?.unwrap_or_default().objects)
 }
 
-/// Requests that the running member forgets kept objects, and waits until it has.
+/// Requests that the running member forgets kept objects, and waits until it has. `all`: also those that it could not list.
 ///
 /// # Errors
 /// `TimedOut` when no member takes the request; when the request cannot be written.
-pub fn forget(data: &Path, objects: Vec<KeptObject>) -> io::Result<()> {
-    let path = request_file(data);
-    replace(&path, &Names { objects })?;
+pub fn forget(state: impl Into<State>, objects: Vec<KeptObject>, all: bool) -> io::Result<()> {
+    let state = state.into();
+    state.write(REQUEST, &serde_json::to_vec(&Names { objects, all })?)?;
     let start = Instant::now();
-    while path.exists() {
+    while state.version(REQUEST)?.is_some() {
         if start.elapsed() > TAKEN_WITHIN {
-            std::fs::remove_file(&path)?;
+            state.remove(REQUEST)?;
             return Err(io::ErrorKind::TimedOut.into());
         }
-        std::thread::sleep(Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(if state.is_in_secrets() { 200 } else { 50 }));
+        state.refresh()?;
     }
     Ok(())
+}
+
+/// The kept objects of an earlier process, from a state in Secrets.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn kept_texts(state: &State) -> io::Result<Texts> {
+    Ok(read(state, TEXTS)?.unwrap_or_default())
 }
 
 /// Objects to forget.
@@ -78,48 +93,96 @@ pub(super) struct Request(Names);
 
 impl Request {
     pub fn matches(&self, object: &str) -> bool {
-        self.0.objects.iter().any(|it| it == object)
+        self.0.all || self.0.objects.iter().any(|it| it == object)
+    }
+
+    pub fn is_of_all(&self) -> bool {
+        self.0.all
     }
 }
 
 /// The files of a running member.
 #[derive(Debug)]
 pub(super) struct Requests {
-    data: PathBuf,
-    written: Option<Names>,
+    state: State,
+    /// The origins whose list was written.
+    written: Option<Vec<Arc<Path>>>,
+    /// When the next attempt to write is due.
+    write_at: Instant,
 }
 
 impl Requests {
-    pub fn new(data: &Path) -> Self {
-        Self { data: data.to_owned(), written: None }
+    pub fn new(state: State) -> Self {
+        Self { state, written: None, write_at: Instant::now() }
     }
 
     /// A request that was written since the last call.
     pub fn take(&self) -> Option<Request> {
-        let path = request_file(&self.data);
-        let request = read(&path).transpose()?;
-        let removed = std::fs::remove_file(&path);
+        let request = read::<Names>(&self.state, REQUEST).transpose()?;
+        let removed = self.state.remove(REQUEST);
         match (request, removed) {
-            (Ok(mut names), Ok(())) => {
+            (Ok(mut names), Ok(_)) => {
                 names.objects.truncate(MAX_NAMES);
                 Some(Request(names))
             }
             (Err(error), _) | (_, Err(error)) => {
-                tracing::warn!(%error, path = %path.display(), "request to forget kept objects ignored");
+                tracing::warn!(%error, file = REQUEST, "request to forget kept objects ignored");
                 None
             }
         }
     }
 
-    /// Lists the kept objects for `hanse-member forget`.
-    pub fn write_kept(&mut self, objects: Vec<KeptObject>) {
-        let names = Names { objects };
-        if self.written.as_ref() == Some(&names) {
+    /// Lists the kept objects for `hanse-member forget`, and stores their texts in Secrets. `name_of`: of an origin; `text_of`: likewise.
+    pub fn write_kept(
+        &mut self,
+        kept: Vec<Arc<Path>>,
+        name_of: impl Fn(&Path) -> KeptObject,
+        text_of: impl Fn(&Path) -> Option<Vec<u8>>,
+    ) {
+        if self.written.as_ref() == Some(&kept) || Instant::now() < self.write_at {
             return;
         }
-        match replace(&kept_file(&self.data), &names) {
-            Ok(()) => self.written = Some(names),
-            Err(error) => tracing::warn!(%error, "the list of kept objects cannot be written"),
+        let mut bytes = 0;
+        let mut fits = |length: usize, limit: usize| {
+            bytes += length;
+            bytes <= limit
+        };
+        let names = kept.iter().map(|origin| name_of(origin)).take_while(|name| fits(name.len() + 4, MAX_NAME_BYTES));
+        let names = Names { objects: names.collect(), all: false };
+        let mut texts = Texts::default();
+        if self.state.is_in_secrets() {
+            let mut bytes = 0;
+            for origin in &kept {
+                let text = text_of(origin).and_then(|text| String::from_utf8(text).ok());
+                let text = text.filter(|text| bytes + text.len() <= MAX_TEXT_BYTES);
+                match (origin.to_str(), text) {
+                    (Some(origin), Some(text)) => {
+                        bytes += text.len();
+                        texts.texts.insert(origin.to_owned(), text);
+                    }
+                    _ => texts.omitted += 1,
+                }
+            }
         }
+        match self.write(&names, &texts) {
+            Ok(()) => self.written = Some(kept),
+            Err(error) => {
+                tracing::warn!(%error, "the list of kept objects cannot be written");
+                self.write_at = Instant::now() + WRITE_AGAIN_AFTER;
+            }
+        }
+    }
+
+    fn write(&self, names: &Names, texts: &Texts) -> io::Result<()> {
+        if self.state.is_in_secrets() {
+            let is_new = read::<Texts>(&self.state, TEXTS)?.unwrap_or_default() != *texts;
+            if is_new {
+                self.state.write(TEXTS, &serde_json::to_vec(texts)?)?;
+            }
+            if read::<Names>(&self.state, KEPT)?.unwrap_or_default() == *names {
+                return Ok(());
+            }
+        }
+        self.state.write(KEPT, &serde_json::to_vec(names)?)
     }
 }
