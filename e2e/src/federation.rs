@@ -119,8 +119,8 @@ impl<'a> Federation<'a> {
             "image": { "digest": DIGEST },
             "cluster": cluster.name(),
             "hub": { "addresses": [HUB], "joinAddresses": [HUB_JOIN], "tokenSecret": { "name": "hanse-join" } },
-            // No provisioner runs.
-            "persistence": { "enabled": false },
+            // On the node that is named below.
+            "replicas": 1,
             "nodeSelector": { "kubernetes.io/hostname": first.name },
         });
         let agent = json!({ "enabled": true, "image": { "digest": DIGEST } });

@@ -18,6 +18,16 @@ app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- end -}}
 
+{{/* The names of the Secrets with the state of the member. */}}
+{{- define "hanse.stateSecrets" -}}
+{{- $name := printf "%s-member" (include "hanse.fullname" .) -}}
+{{- $names := list $name (printf "%s-kept" $name) -}}
+{{- range list "0" "1" "2" "3" "4" "5" "6" "7" "8" "9" "a" "b" "c" "d" "e" "f" -}}
+{{- $names = append $names (printf "%s-nodes-%s" $name .) -}}
+{{- end -}}
+{{- toJson $names -}}
+{{- end -}}
+
 {{- define "hanse.image" -}}
 {{ .root.Values.image.registry }}/hanse-{{ .component }}@{{ (get .root.Values .component).image.digest }}
 {{- end -}}
@@ -50,9 +60,18 @@ tolerations:
 {{ toYaml . }}
 {{- end }}
 {{- end }}
-{{- with $values.affinity }}
+{{- if $values.affinity }}
 affinity:
-{{ toYaml . | indent 2 }}
+{{ toYaml $values.affinity | indent 2 }}
+{{- else if eq .component "member" }}
+affinity:
+  podAntiAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+    - weight: 100
+      podAffinityTerm:
+        topologyKey: kubernetes.io/hostname
+        labelSelector:
+          matchLabels: {{- include "hanse.selector" . | nindent 12 }}
 {{- end }}
 {{- end -}}
 

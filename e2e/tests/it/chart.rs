@@ -4,13 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use hanse_e2e::go;
 use hanse_e2e::kubernetes::{ApiServer, Controllers, Etcd, Options, manifests, run, until};
+use hanse_member::state::SecretName;
 use serde::Deserialize as _;
 use serde_json::{Value, json};
 
+mod failover;
 mod images;
 pub(crate) mod installed;
 
@@ -116,7 +119,9 @@ pub(crate) fn value_sets() -> BTreeMap<&'static str, Value> {
         ),
         ("hub.resources", json!({"limits": {"cpu": 2}})),
         ("member.hostNetwork", json!(false)),
-        ("member.persistence", json!({"enabled": false})),
+        ("member.state", json!({"whenDeleted": "Delete"})),
+        ("member.cache", json!({"size": "2Gi", "claim": "hanse-member"})),
+        ("member.replicas", json!(1)),
         ("member.calico", json!(false)),
         ("member.clusterNetworkPolicies", json!(false)),
         ("member.tolerations", json!([{"key": "a", "operator": "Exists"}])),
@@ -146,6 +151,10 @@ pub(crate) fn value_sets() -> BTreeMap<&'static str, Value> {
     ];
     BTreeMap::from(sets)
 }
+
+/// The Secrets that a member expects.
+static STATE: LazyLock<Vec<String>> =
+    LazyLock::new(|| SecretName { namespace: NAMESPACE.to_owned(), name: "hanse-member".to_owned() }.secrets());
 
 fn template(values: &Value) -> Command {
     let mut command = helm();
@@ -209,6 +218,9 @@ fn wrong_values_are_refused_by_name() {
         ("hub.resources.limits.memory", json!("much"), "/hub/resources/limits/memory"),
         ("hub.persistence.whenDeleted", json!("Maybe"), "/hub/persistence/whenDeleted"),
         ("hub.podDisruptionBudget.maxUnavailable", json!(2), "/hub/podDisruptionBudget/maxUnavailable"),
+        ("member.replicas", json!(0), "/member/replicas"),
+        ("member.cache.claim", json!("hanse-member"), "member.replicas"),
+        ("member.persistence", json!({"enabled": false}), "'persistence'"),
         ("member.cluster", json!(""), "/member/cluster"),
         ("member.cluster", json!("East"), "/member/cluster"),
         ("member.hub.addresses", json!(["hub.example"]), "/member/hub/addresses/0"),
@@ -330,9 +342,14 @@ fn pods_have_the_least_privileges() {
         for rule in roles.flat_map(|role| list(role, "rules")) {
             let mut all = ["apiGroups", "resources", "verbs"].map(|key| list(rule, key)).into_iter().flatten();
             assert!(all.all(|it| it != "*"), "{name}: {rule}");
-            // Join tokens are written, and no Secret is read or changed.
+            // Join tokens are written, and no Secret is read or changed but those of the member's state.
             let is_of_secrets = list(rule, "resources").any(|it| it == "secrets");
-            assert!(!is_of_secrets || (has_operator && rule["verbs"] == json!(["create"])), "{name}: {rule}");
+            let is_of_operator = has_operator && rule["verbs"] == json!(["create"]);
+            let mut names = list(rule, "resourceNames").filter_map(Value::as_str).peekable();
+            let is_of_state = names.peek().is_some()
+                && names.all(|name| STATE.contains(&name.to_owned()))
+                && rule["verbs"] == json!(["get", "patch", "watch"]);
+            assert!(!is_of_secrets || is_of_operator || is_of_state, "{name}: {rule}");
         }
     }
 }
@@ -468,6 +485,30 @@ impl Release<'_> {
     }
 }
 
+/// A release whose member has its state in a claim, as in earlier versions of the chart, is not upgraded as if it had none.
+fn refuses_state_in_a_claim(server: &ApiServer, release: &Release<'_>, values: &Value) {
+    let kubectl = |arguments: &[&str], input: &str| {
+        let mut command = server.kubectl().expect("kubectl");
+        success(command.args(["--namespace", NAMESPACE]).args(arguments), input);
+    };
+    let claim = "apiVersion: v1\nkind: PersistentVolumeClaim\nmetadata: {name: hanse-member}\n\
+                 spec: {accessModes: [ReadWriteOnce], storageClassName: '', resources: {requests: {storage: 1Gi}}}\n";
+    kubectl(&["apply", "-f", "-"], claim);
+    release.helm(&["upgrade", "hanse"], Some(values));
+    kubectl(&["patch", "secret", "hanse-member", "--type=merge", "-p", r#"{"data":null}"#], "");
+    let mut command = server.helm().expect("Helm");
+    command.args(["upgrade", "hanse", "--namespace", NAMESPACE]).arg(chart()).args(["--values", "-"]);
+    let refused = output(&mut command, &values.to_string());
+    let message = text(&refused.stderr);
+    assert!(!refused.status.success() && message.contains("member.cache.claim=hanse-member"), "{message}");
+    let moving =
+        set(set(values.clone(), "member.cache", json!({"claim": "hanse-member"})), "member.replicas", json!(1));
+    release.helm(&["upgrade", "hanse"], Some(&moving));
+    let volume = release.get("deployment/hanse-member", "{.spec.template.spec.volumes[?(@.name==\"data\")]}");
+    assert!(volume.contains(r#""claimName":"hanse-member""#), "{volume}");
+    kubectl(&["delete", "persistentvolumeclaim", "hanse-member", "--wait=false"], "");
+}
+
 #[test]
 fn releases_come_and_go_on_a_real_api_server() {
     run(async {
@@ -523,6 +564,11 @@ fn releases_come_and_go_on_a_real_api_server() {
             authority,
         ]);
         success(&mut patch, "");
+        // Likewise the state.
+        let state = r#"{"data":{"member.pem":"UEVN"}}"#;
+        let mut patch = server.kubectl().expect("kubectl");
+        patch.args(["--namespace", NAMESPACE, "patch", "secret", "hanse-member", "--type=merge", "-p", state]);
+        success(&mut patch, "");
         let memory = "{.spec.template.spec.containers[0].resources.limits.memory}";
         assert_eq!(release.get("deployment/hanse-member", memory), "1Gi");
         let upgraded = set(complete(), "member.resources", json!({"limits": {"memory": "2Gi"}}));
@@ -534,14 +580,19 @@ fn releases_come_and_go_on_a_real_api_server() {
         assert_eq!(release.get("deployment/hanse-member", memory), "1Gi");
         assert!(everything(&server).contains("DaemonSet hanse hanse-agent"));
         assert_eq!(release.get("configmap/hanse-authority", "{.data.authority\\.pem}"), "PEM");
+        assert_eq!(release.get("secret/hanse-member", "{.data.member\\.pem}"), "UEVN");
 
         // Keys and state stay by default, and the next release takes them over.
         release.helm(&["uninstall", "hanse"], None);
-        let claims = ["PersistentVolumeClaim hanse data-hanse-hub-0", "PersistentVolumeClaim hanse hanse-member"];
-        release.until_left(&before, &claims).await;
+        let secrets = STATE.iter().map(|name| format!("Secret hanse {name}"));
+        let kept: Vec<String> = secrets.chain(["PersistentVolumeClaim hanse data-hanse-hub-0".to_owned()]).collect();
+        let kept: Vec<&str> = kept.iter().map(String::as_str).collect();
+        release.until_left(&before, &kept).await;
         let delete = json!({"whenDeleted": "Delete"});
-        let values = set(set(complete(), "hub.persistence", delete.clone()), "member.persistence", delete);
+        let values = set(set(complete(), "hub.persistence", delete.clone()), "member.state", delete);
         release.helm(&["install", "hanse"], Some(&values));
+        assert_eq!(release.get("secret/hanse-member", "{.data.member\\.pem}"), "UEVN", "the keys are taken over");
+        refuses_state_in_a_claim(&server, &release, &values);
         let owned = until(PATIENCE, async || {
             let owner = release.get("persistentvolumeclaim/data-hanse-hub-0", "{.metadata.ownerReferences[0].kind}");
             owner == "StatefulSet"

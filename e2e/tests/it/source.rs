@@ -435,7 +435,7 @@ fn objects_that_disappear_with_their_definition_stay_in_force() {
         world.delete_calico_policy("one").await;
         member.until("a deleted policy", |it| sorted(it) == ["closed", "two"]).await;
         let data = world.folder.path().to_owned();
-        let forgotten = std::thread::spawn(move || source::forget(&data, vec![format!("{CALICO_NAME}/two")]));
+        let forgotten = std::thread::spawn(move || source::forget(&data, vec![format!("{CALICO_NAME}/two")], false));
         forgotten.join().expect("it does not panic").expect("the member takes the request");
         member.until("nothing kept", |it| sorted(it) == ["closed"] && it.problems.is_empty()).await;
         assert!(source::kept_objects(world.folder.path()).expect("listed").is_empty());

@@ -18,12 +18,8 @@ use hanse_ruleset::{Enforcement, UnknownPods};
 use hanse_runtime::files;
 use hanse_runtime::health::{Condition, Health, Writes};
 use hanse_runtime::metrics::Metrics as Registry;
-<<<<<<< HEAD
 use hanse_runtime::monitor::{MetricsOptions, Reviews, serve_health, serve_metrics};
-=======
-use hanse_runtime::monitor::{self, Page};
 use hanse_runtime::retry::Backoff;
->>>>>>> f54f71d (Keep the state of a member in Secrets, and let the holder of a Lease serve)
 use hanse_runtime::shutdown::Shutdown;
 use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior};
@@ -99,12 +95,8 @@ pub async fn run(options: Options, shutdown: Shutdown) -> anyhow::Result<()> {
 pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLock<Leadership>) -> anyhow::Result<()> {
     let stop = shutdown.token();
     let _lock = lock_data(&options.data)?;
-<<<<<<< HEAD
     let reviews = metrics_reviews(&options);
-    let monitoring = Monitoring::start(&options, reviews.clone(), &shutdown).await?;
-    let identity = identity(&options, &stop).await?;
-=======
-    let mut monitoring = Monitoring::start(&options, &shutdown).await?;
+    let mut monitoring = Monitoring::start(&options, reviews.clone(), &shutdown).await?;
     let Some(Begun { state, leadership, has_own_caches }) = begin(&options, &monitoring, elected, &shutdown).await?
     else {
         return Ok(());
@@ -113,7 +105,6 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
         monitoring.begin();
     }
     let identity = identity(&options, &state, &stop).await?;
->>>>>>> f54f71d (Keep the state of a member in Secrets, and let the holder of a Lease serve)
     monitoring.joined.set(true);
     let resolver = Resolver::restore(&options.data, options.hubs.iter().chain(&options.join));
     let identity = identity.with_resolver(resolver.clone());
@@ -316,7 +307,6 @@ async fn reviewer(options: &Options) -> anyhow::Result<Option<Reviewer>> {
     Ok(Some(Reviewer::new(access.client().await?, agents.clone())))
 }
 
-<<<<<<< HEAD
 /// Reviews of the tokens of callers of metrics, of this process and of its agents, which share the verdicts.
 fn metrics_reviews(options: &Options) -> Option<Reviews> {
     match &options.source {
@@ -327,9 +317,6 @@ fn metrics_reviews(options: &Options) -> Option<Reviews> {
     }
 }
 
-/// Starts the thread that reads the source. After a restart, it continues with the last good state.
-fn start_source(options: &Options, writes: &Writes, shutdown: &Shutdown) -> anyhow::Result<mpsc::Receiver<Changes>> {
-=======
 /// Starts the thread that reads the source. After a restart, it continues with the last good state; without it, with the objects that the
 /// last process kept although their kind was deleted.
 fn start_source(
@@ -339,7 +326,6 @@ fn start_source(
     writes: &Writes,
     shutdown: &Shutdown,
 ) -> anyhow::Result<mpsc::Receiver<Changes>> {
->>>>>>> f54f71d (Keep the state of a member in Secrets, and let the holder of a Lease serve)
     let (sender, receiver) = mpsc::channel::<Changes>(1);
     let (location, state, writes) = (options.source.clone(), state.clone(), writes.clone());
     let kept = match has_own_caches {

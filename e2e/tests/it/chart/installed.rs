@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
@@ -19,11 +19,12 @@ use hanse_e2e::sandbox;
 use hanse_e2e::world::Node;
 use hanse_member::api_server::{AgentAccount, ReviewError, Reviewer};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
-use k8s_openapi::api::core::v1::{Pod, Secret};
+use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
 use serde_json::{Value, json};
 
+use super::failover::{Files, SLICE, fails_over};
 use super::{NAMESPACE, PATIENCE, Release, complete, list, rendered, set, success};
 use crate::clusters::east::{East, WORKLOADS, node, world};
 use crate::clusters::nodes::{addresses, is_ready};
@@ -31,6 +32,10 @@ use crate::metrics::reviews;
 
 /// How many members run at once to find out which rights they need.
 const BATCH: usize = 27;
+/// The lease of a cluster at the hub: shorter than that of its members' Lease.
+const LEASE_SECONDS: u64 = 10;
+/// The pods of the member.
+pub(super) const MEMBERS: usize = 2;
 
 /// Volumes without a class: no provisioner runs.
 const VOLUMES: &str = "apiVersion: v1
@@ -68,11 +73,11 @@ fn reader() -> Value {
 }
 
 impl East {
-    fn kubectl(&self, arguments: &[&str], input: &str) -> String {
+    pub(super) fn kubectl(&self, arguments: &[&str], input: &str) -> String {
         success(self.server.kubectl().expect("kubectl").args(arguments), input)
     }
 
-    async fn ready_component(&self, component: &str, count: usize) -> Vec<Pod> {
+    pub(super) async fn ready_component(&self, component: &str, count: usize) -> Vec<Pod> {
         self.ready(NAMESPACE, &format!("app.kubernetes.io/component={component}"), count).await
     }
 
@@ -93,7 +98,7 @@ impl East {
     }
 
     /// `hanse` of the hub's image, as with `kubectl exec` in the hub's pod.
-    fn hanse(&self, hub: &Pod, arguments: &[&str]) -> String {
+    pub(super) fn hanse(&self, hub: &Pod, arguments: &[&str]) -> String {
         let mut command = Command::new(crate::system::programs().join("hanse"));
         command.arg("--context").arg(self.claim("data-hanse-hub-0").join("hub/admin.context")).args(arguments);
         self.network(hub).enter(|| success(&mut command, ""))
@@ -111,10 +116,7 @@ fn values(hub: Option<&Pod>) -> Value {
     for (path, value) in [
         ("hub.persistence", json!({"storageClassName": ""})),
         ("hub.nodeSelector", json!({"kubernetes.io/hostname": "a"})),
-        ("member.persistence", json!({"storageClassName": ""})),
-        ("member.nodeSelector", json!({"kubernetes.io/hostname": "a"})),
-        // There is no kube-proxy: agents connect to the node of the member.
-        ("agent.member", json!({"host": "172.20.0.1"})),
+        ("hub.leaseSeconds", json!(LEASE_SECONDS)),
         ("metrics", json!({"enabled": true, "tls": {"secretName": "metrics-tls"}, "readers": [reader()]})),
     ] {
         values = set(values, path, value);
@@ -142,7 +144,7 @@ fn installed_release_enforces_with_the_rights_of_the_chart() {
                 let hub = installs(&east, &authority).await;
                 enforces(&east, &hub).await;
                 serves_metrics(&east, &hub, &authority).await;
-                keeps_its_state(&east, &hub).await;
+                fails_over(&mut east, &hub).await;
                 taints_new_nodes(&mut east, &fabric, &late).await;
                 needs_its_rights(&east, &fabric).await;
             });
@@ -168,7 +170,7 @@ async fn installs(east: &East, authority: &Authority) -> Pod {
         token.trim(),
     );
     release.helm(&["upgrade", "hanse"], Some(&values(Some(&hub))));
-    east.ready_component("member", 1).await;
+    east.ready_component("member", MEMBERS).await;
     east.ready_component("agent", 2).await;
     println!("hub, member and agents were ready after {:?}", start.elapsed());
     hub
@@ -257,19 +259,6 @@ async fn taints_new_nodes(east: &mut East, fabric: &Fabric, late: &Node) {
     east.ready_component("agent", 3).await;
 }
 
-/// A member that is rescheduled needs no new token, and its agents do not enrol again.
-async fn keeps_its_state(east: &East, hub: &Pod) {
-    let secrets: Api<Secret> = Api::namespaced(east.client.clone(), NAMESPACE);
-    secrets.delete("hanse-join", &DeleteParams::default()).await.expect("it is deleted");
-    let member = east.ready_component("member", 1).await.remove(0);
-    east.reschedule("member", &member).await;
-    let current = until(PATIENCE, async || {
-        let status: Value = serde_json::from_str(&east.hanse(hub, &["status", "-o", "json"])).unwrap_or_default();
-        status["items"][0]["agentsCurrent"] == 2
-    });
-    assert!(current.await.is_some(), "{}", east.hanse(hub, &["status"]));
-}
-
 /// Group, resource, verb, and the name where the rule is for one.
 pub(crate) type Right = (String, String, String, Option<String>);
 
@@ -345,78 +334,82 @@ async fn in_effect(client: &kube::Client) {
     }
 }
 
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("a folder");
-    for entry in fs::read_dir(from).expect("a folder") {
-        let entry = entry.expect("an entry");
-        // What the source has stored would be read again only when it changes.
-        if entry.file_name() == "source" || entry.file_name() == "flows" {
-            continue;
-        }
-        let to = to.join(entry.file_name());
-        let kind = entry.file_type().expect("a type");
-        if kind.is_dir() {
-            copy(&entry.path(), &to);
-        } else if kind.is_file() {
-            fs::copy(entry.path(), to).expect("copied");
-        }
-    }
+/// Waits until the log of a member names the right that it does not have, and no other.
+async fn is_named((group, resource, verb, name): &Right, process: &Process) {
+    let named = format!("cannot {verb} resource \"{resource}\" in API group \"{group}\"");
+    let log = || process.log().replace('\\', "");
+    // The client library does not always pass on why a watch is refused; then the log names the collection only.
+    let collection = match group.as_str() {
+        "" => format!("file=\"{resource}\""),
+        group => format!("file=\"{resource}.{group}\""),
+    };
+    let is_of = |line: &str| name.as_ref().is_none_or(|name| line.contains(name));
+    let is_named = |line: &str| {
+        (line.contains(&named) && is_of(line))
+            || (verb == "watch" && line.contains(&collection) && line.contains("cannot be read"))
+    };
+    let found = until(PATIENCE, async || log().lines().any(is_named)).await;
+    assert!(found.is_some(), "without it, nothing says: {named} {name:?}\n{}", log());
+    let other = log()
+        .lines()
+        .find(|it| it.contains(" cannot ") && it.contains("forbidden") && !it.contains(&named))
+        .map(str::to_owned);
+    assert_eq!(other, None, "only {named} is missing");
 }
 
 /// Each right of the member's roles is taken away in turn, and the member's log names it. One that is not missed is superfluous.
 async fn needs_its_rights(east: &East, fabric: &Fabric) {
-    // The kinds that a member reads where they exist; and no authority, which each member then writes.
+    // The kinds that a member reads where they exist.
     for calico in [Calico::V3, Calico::Stored] {
         east.apply(&calico.definitions()).await;
     }
     east.apply(&crds::cluster_network_policies().expect("its project publishes it")).await;
     let objects = rendered(&complete());
-    let of = |kind: &str| rights(objects.iter().find(|it| it["kind"] == kind).expect("a role"));
+    let of = |kind: &str| {
+        let of_member = |it: &&Value| it["kind"] == kind && it["metadata"]["name"] == "hanse-member";
+        rights(objects.iter().find(of_member).expect("a role"))
+    };
     let (cluster, local) = (of("ClusterRole"), of("Role"));
     let review = ("authentication.k8s.io".to_owned(), "tokenreviews".to_owned(), "create".to_owned(), None);
     assert!(cluster.contains(&review));
+    let files = Files::at(east, "rights");
     east.kubectl(&["--namespace", NAMESPACE, "scale", "deployment/hanse-member", "--replicas=0"], "");
     let stopped = until(PATIENCE, async || {
         let label = ListParams::default().labels("app.kubernetes.io/component=member");
         east.pods(NAMESPACE).list(&label).await.is_ok_and(|it| it.items.is_empty())
     });
-    assert!(stopped.await.is_some(), "the member has stopped");
+    assert!(stopped.await.is_some(), "the members have stopped");
     // Without an agent.
     let unready = "apiVersion: v1\nkind: Node\nmetadata: {name: unready}\n";
     east.kubectl(&["create", "-f", "-"], unready);
     let taint = (String::new(), "nodes".to_owned(), "patch".to_owned(), None);
     assert!(cluster.contains(&taint));
-    let data = east.claim("hanse-member").join("member");
     let of_cluster: Vec<&Right> = cluster.iter().filter(|right| **right != review).collect();
-    let of_namespace: Vec<&Right> = local.iter().collect();
-    // Only members that cannot write the authority run with those of the Role: no other one writes it before them.
-    let batches = of_cluster.chunks(BATCH).chain([&of_namespace[..]]);
     let mut count = 0;
     let start = Instant::now();
-    for missing in batches {
+    let mut prepare = async |missing: &Right| {
+        let index = count;
+        count += 1;
+        let roles = [without(index, "ClusterRole", &cluster, missing), without(index, "Role", &local, missing)];
+        east.apply(&roles.join("\n---\n")).await;
+        let name = format!("rights-{index}");
+        let account = east.server.service_account(NAMESPACE, &name).await.expect("a token");
+        in_effect(&kubeconfig::client(&account).await.expect("a client")).await;
+        let kubeconfig = east.server.write_kubeconfig(&name, &account).expect("written");
+        let (folder, log) = (east.scratch.join(&name), east.scratch.join(format!("{name}.log")));
+        let mut command = Command::new(crate::system::programs().join("hanse-member"));
+        // No hub is needed, nor may there be two members of a cluster.
+        command.args(["run", "--cluster", "east", "--hub", "127.0.0.1:1", "--source", "kubernetes", "--data"]);
+        command.arg(&folder).arg("--kubeconfig").arg(&kubeconfig);
+        command.args(["--agent-listen", "127.0.0.1:0", "--enrol-listen", "127.0.0.1:0"]);
+        (command, folder, log)
+    };
+    for missing in of_cluster.chunks(BATCH) {
         let mut members = Vec::new();
-        let clear = r#"{"data":null}"#;
-        east.kubectl(
-            &["--namespace", NAMESPACE, "patch", "configmap", "hanse-authority", "--type=merge", "-p", clear],
-            "",
-        );
         for missing in missing {
-            let index = count;
-            count += 1;
-            let roles = [without(index, "ClusterRole", &cluster, missing), without(index, "Role", &local, missing)];
-            east.apply(&roles.join("\n---\n")).await;
-            let name = format!("rights-{index}");
-            let account = east.server.service_account(NAMESPACE, &name).await.expect("a token");
-            in_effect(&kubeconfig::client(&account).await.expect("a client")).await;
-            let kubeconfig = east.server.write_kubeconfig(&name, &account).expect("written");
-            let (folder, log) = (east.scratch.join(&name), east.scratch.join(format!("{name}.log")));
-            copy(&data, &folder);
-            let mut command = Command::new(crate::system::programs().join("hanse-member"));
-            // No hub is needed, nor may there be two members of a cluster.
-            command.args(["run", "--cluster", "east", "--hub", "127.0.0.1:1", "--source", "kubernetes", "--data"]);
-            command.arg(&folder).arg("--kubeconfig").arg(&kubeconfig);
-            command.args(["--agent-listen", "127.0.0.1:0", "--enrol-listen", "127.0.0.1:0"]);
-            command.args(["--authority-config-map", "hanse/hanse-authority"]);
+            let (mut command, folder, log) = prepare(missing).await;
+            // They do not wait for one Lease.
+            files.copy_to(&folder);
             // The others would taint the node before it.
             if **missing == taint {
                 command.arg("--taint-new-nodes");
@@ -424,26 +417,24 @@ async fn needs_its_rights(east: &East, fabric: &Fabric) {
             members.push((*missing, Process::start(fabric.router(), command, &log).expect("it starts")));
         }
         for (right, process) in &members {
-            let (group, resource, verb, _) = right;
-            let named = format!("cannot {verb} resource \"{resource}\" in API group \"{group}\"");
-            let log = || process.log().replace('\\', "");
-            // The client library does not always pass on why a watch is refused; then the log names the collection only.
-            let collection = match group.as_str() {
-                "" => format!("file=\"{resource}\""),
-                group => format!("file=\"{resource}.{group}\""),
-            };
-            let is_named = |line: &str| {
-                line.contains(&named)
-                    || (verb == "watch" && line.contains(&collection) && line.contains("cannot be read"))
-            };
-            let found = until(PATIENCE, async || log().lines().any(is_named)).await;
-            assert!(found.is_some(), "without it, nothing says: {named}\n{}", log());
-            let other = log()
-                .lines()
-                .find(|it| it.contains(" cannot ") && it.contains("forbidden") && !it.contains(&named))
-                .map(str::to_owned);
-            assert_eq!(other, None, "only {named} is missing");
+            is_named(right, process).await;
         }
+    }
+    // One after the other: they have one Lease, and write the same objects. Of the Secrets with records of nodes, one is enough.
+    let is_alike =
+        |name: &Option<String>| name.as_ref().is_some_and(|it| it.contains("-nodes-") && !it.ends_with("-7"));
+    for missing in local.iter().filter(|(.., name)| !is_alike(name)) {
+        let (mut command, _, log) = prepare(missing).await;
+        let clear = |object: &str, patch: &str| {
+            east.kubectl(&["--namespace", NAMESPACE, "patch", object, "--type=merge", "-p", patch], "")
+        };
+        clear("configmap/hanse-authority", r#"{"data":null}"#);
+        clear("lease/hanse-member", r#"{"spec":{"holderIdentity":null}}"#);
+        east.kubectl(&["--namespace", NAMESPACE, "delete", "endpointslice", SLICE, "--ignore-not-found"], "");
+        command.args(["--state-secret", "hanse/hanse-member", "--authority-config-map", "hanse/hanse-authority"]);
+        command.args(["--agent-service", "hanse/hanse-member", "--agent-address", "127.0.0.1"]);
+        let process = Process::start(fabric.router(), command, &log).expect("it starts");
+        is_named(missing, &process).await;
     }
     println!("{} rights are needed: {:?}", count + 1, start.elapsed());
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use hanse_e2e::fabric::Fabric;
 use hanse_e2e::kubernetes::kubelet::Programs;
+use hanse_e2e::kubernetes::services::Services;
 use hanse_e2e::kubernetes::{ApiServer, Controllers, Etcd, Kubelet, Options, kubelet, manifests, until};
 use hanse_e2e::namespace::Namespace;
 use hanse_e2e::probe::{self, Observed};
@@ -65,6 +66,8 @@ pub struct East {
     pub kubelets: BTreeMap<String, Kubelet>,
     pub programs: Programs,
     pub scratch: PathBuf,
+    networks: Vec<Arc<Namespace>>,
+    services: Option<Services>,
     _controllers: Controllers,
 }
 
@@ -84,6 +87,8 @@ impl East {
             kubelets: BTreeMap::new(),
             programs,
             scratch: scratch.to_owned(),
+            networks: Vec::new(),
+            services: None,
             _controllers: controllers,
         };
         for node in &world.nodes {
@@ -95,6 +100,10 @@ impl East {
     /// Starts a node of the fabric.
     pub async fn add(&mut self, fabric: &Fabric, node: &Node) {
         let network = fabric.shared_node(self.server.name(), &node.name).expect("it is built");
+        // What a kube-proxy does on every node.
+        self.networks.push(Arc::clone(&network));
+        self.services = None;
+        self.services = Some(Services::start(&self.server, self.networks.clone()).expect("they start"));
         let workload = Arc::new(self.programs.clone());
         let kubelet = Kubelet::start_with(&self.server, network, node.into(), workload).await;
         self.kubelets.insert(node.name.clone(), kubelet.expect("it registers"));
