@@ -56,6 +56,15 @@ struct Conflict {
     warned: Option<Instant>,
 }
 
+/// The process that is served with a key.
+#[derive(Debug, Clone, Copy)]
+pub struct Serving<'a> {
+    pub number: &'a [u8],
+    /// The number of the process before.
+    pub former: Option<&'a [u8]>,
+    pub since: Instant,
+}
+
 impl Instances {
     /// A process opens a stream; `is_open`: that of the present one is open. False: it is refused.
     pub fn take(&mut self, newcomer: Instance, is_open: bool, now: Instant) -> bool {
@@ -88,6 +97,23 @@ impl Instances {
             self.present = Some((newcomer, since_newcomer));
         }
         is_let_in
+    }
+
+    /// Another place has served this process: it is the first one, if none has used the key here.
+    pub fn expect(&mut self, number: &[u8], now: Instant) {
+        if self.present.is_none() {
+            let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+            // Earlier than the one that comes now.
+            let since = now.checked_sub(Duration::from_millis(1)).unwrap_or(now);
+            self.present = Some((Instance::new(number, unknown), since));
+        }
+    }
+
+    /// The process that is served.
+    pub fn serving(&self) -> Option<Serving<'_>> {
+        let (present, since) = self.present.as_ref()?;
+        let former = self.former.as_ref().map(|(former, _)| &*former.number);
+        Some(Serving { number: &present.number, former, since: *since })
     }
 
     /// Whether this process is the one that is served.
@@ -178,6 +204,18 @@ mod tests {
         // The first goes for a moment, and the other is quicker.
         assert!(world.take(2, false) && world.take(1, true) && !world.take(2, true));
         assert_eq!(world.rivals(), Some((1, 2)));
+    }
+
+    #[test]
+    fn a_process_that_was_served_elsewhere_is_the_first_one() {
+        let mut world = world();
+        world.instances.expect(&[1; 16], world.now);
+        assert!(world.take(2, false), "the first may have ended");
+        assert!(world.take(1, true), "it has not");
+        assert!(!world.take(2, true));
+        assert_eq!(world.rivals(), Some((1, 2)));
+        world.instances.expect(&[3; 16], world.now);
+        assert_eq!(world.instances.serving().map(|it| it.number), Some(&[1; 16][..]), "one is known already");
     }
 
     #[test]

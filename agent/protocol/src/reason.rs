@@ -192,6 +192,8 @@ pub enum ExchangeProblem {
     NotWatching,
     /// Since the member last received something from the hub.
     NotReceiving(Duration),
+    /// Since this replica of the hub last received something from the member, which another replica hears.
+    NotPublishing(Duration),
     /// The exchange of the hub was too busy for a new status; the age of this one, unless there is none.
     OldStatus(Option<Duration>),
     Unknown,
@@ -266,6 +268,7 @@ impl ExchangeProblem {
             Self::AheadOfHub { .. } => "AheadOfHub",
             Self::NotWatching => "NotWatching",
             Self::NotReceiving(_) => "NotReceiving",
+            Self::NotPublishing(_) => "NotPublishing",
             Self::OldStatus(_) => "StatusOutdated",
             Self::Unknown => "Unknown",
         }

@@ -6,6 +6,7 @@
 
 pub mod codec;
 pub mod hub;
+pub mod hubs;
 pub mod interest;
 pub mod limits;
 pub mod member;

@@ -48,6 +48,11 @@ pub enum PublishResponse {
     Resync {
         reason: String,
     },
+    /// The process of the hub that serves the stream, before the welcome, and the position of its objects, whenever it has changed.
+    Replica {
+        id: Bytes,
+        hub: Position,
+    },
 }
 
 /// All refusals of a cluster's objects.
@@ -149,6 +154,12 @@ pub enum WatchResponse {
     },
     Heartbeat,
     PartsRefused(RefusedParts),
+    /// The addresses of the hub's replicas: see [`crate::hubs`].
+    Hubs(Vec<String>),
+    /// Whether the digests that the member has reported equal those of the hub.
+    Compared {
+        equal: bool,
+    },
 }
 
 /// The receiver's interest from here on.

@@ -261,6 +261,7 @@ fn exchange(of: &ExchangeProblem) -> pb::ExchangeProblem {
         }
         ExchangeProblem::NotWatching => Some(Wire::NotWatching(pb::Nothing {})),
         ExchangeProblem::NotReceiving(age) => Some(Wire::NotReceivingMs(milliseconds(*age))),
+        ExchangeProblem::NotPublishing(age) => Some(Wire::NotPublishingMs(milliseconds(*age))),
         ExchangeProblem::OldStatus(age) => Some(Wire::OldStatus(pb::OldStatus { age_ms: age.map(milliseconds) })),
         ExchangeProblem::Unknown => None,
     };
@@ -291,6 +292,7 @@ fn parse_exchange(of: pb::ExchangeProblem) -> ExchangeProblem {
         },
         Some(Wire::NotWatching(pb::Nothing {})) => ExchangeProblem::NotWatching,
         Some(Wire::NotReceivingMs(age)) => ExchangeProblem::NotReceiving(Duration::from_millis(age)),
+        Some(Wire::NotPublishingMs(age)) => ExchangeProblem::NotPublishing(Duration::from_millis(age)),
         Some(Wire::OldStatus(it)) => ExchangeProblem::OldStatus(it.age_ms.map(Duration::from_millis)),
         None => ExchangeProblem::Unknown,
     }
@@ -457,6 +459,7 @@ mod tests {
             ExchangeProblem::AheadOfHub { at: 7, hub: 3 },
             ExchangeProblem::NotWatching,
             ExchangeProblem::NotReceiving(Duration::from_secs(30)),
+            ExchangeProblem::NotPublishing(Duration::from_secs(45)),
             ExchangeProblem::OldStatus(Some(Duration::from_secs(12))),
             ExchangeProblem::OldStatus(None),
             ExchangeProblem::Unknown,

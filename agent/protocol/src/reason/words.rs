@@ -182,6 +182,13 @@ impl Display for Words<'_, ExchangeProblem> {
             ),
             ExchangeProblem::NotWatching => f.write_str("has no Watch stream to this hub"),
             ExchangeProblem::NotReceiving(age) => write!(f, "has received nothing for {} s", age.as_secs()),
+            ExchangeProblem::NotPublishing(age) => {
+                write!(
+                    f,
+                    "has sent this replica of the hub nothing for {} s: other clusters may have old data of it",
+                    age.as_secs()
+                )
+            }
             ExchangeProblem::OldStatus(Some(age)) => {
                 write!(f, "the exchange of the hub is busy: this status is {} s old", age.as_secs())
             }

@@ -57,6 +57,7 @@ pub fn encode_response(response: PublishResponse) -> pb::PublishResponse {
             Response::Refusals(pb::Refusals { refusals, total })
         }
         PublishResponse::Resync { reason } => Response::Resync(pb::Resync { reason }),
+        PublishResponse::Replica { id, hub } => Response::Replica(pb::Replica { id, hub: Some(hub.into()) }),
     };
     pb::PublishResponse { message: Some(message) }
 }
@@ -73,5 +74,6 @@ pub fn decode_response(response: pb::PublishResponse) -> Option<PublishResponse>
             total: it.total,
         }),
         Response::Resync(resync) => PublishResponse::Resync { reason: resync.reason },
+        Response::Replica(it) => PublishResponse::Replica { id: it.id, hub: it.hub.unwrap_or_default().into() },
     })
 }

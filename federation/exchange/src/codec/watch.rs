@@ -69,6 +69,8 @@ pub fn encode_response(response: WatchResponse) -> pb::WatchResponse {
         WatchResponse::PartsRefused(RefusedParts { parts, total }) => {
             Response::Refused(pb::PartsRefused { parts, total })
         }
+        WatchResponse::Hubs(addresses) => Response::Hubs(pb::Hubs { addresses }),
+        WatchResponse::Compared { equal } => Response::Compared(pb::Compared { equal }),
     };
     pb::WatchResponse { message: Some(message) }
 }
@@ -112,6 +114,8 @@ pub fn decode_response(response: pb::WatchResponse) -> Result<Option<WatchRespon
         Response::Withdrawn(it) => WatchResponse::Withdrawn { cluster: it.cluster.into() },
         Response::Heartbeat(_) => WatchResponse::Heartbeat,
         Response::Refused(it) => WatchResponse::PartsRefused(RefusedParts { parts: it.parts, total: it.total }),
+        Response::Hubs(it) => WatchResponse::Hubs(it.addresses),
+        Response::Compared(it) => WatchResponse::Compared { equal: it.equal },
     }))
 }
 

@@ -463,7 +463,7 @@ impl PublishSession {
             }
             PublishResponse::Refusals(refusals) => self.refusals = refusals,
             PublishResponse::Resync { .. } => self.sent = None,
-            PublishResponse::Ack { .. } => {}
+            PublishResponse::Ack { .. } | PublishResponse::Replica { .. } => {}
         }
     }
 

@@ -257,6 +257,8 @@ impl Receiver {
                 }
                 session.refused = refused;
             }
+            // Of the connection, not of the objects.
+            WatchResponse::Hubs(_) | WatchResponse::Compared { .. } => {}
             // Nothing more is under way.
             WatchResponse::Heartbeat => {
                 self.unconfirmed &= session.number == 0 || session.complete != session.number;
