@@ -37,7 +37,7 @@ impl Default for Lifetimes {
 }
 
 /// The lifetime of the root.
-const ROOT: Duration = Duration::from_secs(86_400 * 3_650);
+pub(crate) const ROOT: Duration = Duration::from_secs(86_400 * 3_650);
 
 /// The root with its key. It issues all certificates that the hub trusts.
 #[derive(Debug, Clone)]

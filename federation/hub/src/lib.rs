@@ -15,6 +15,7 @@ pub mod backup;
 pub mod custom_resources;
 pub mod exchange;
 pub mod grants;
+pub mod initialise;
 pub mod manifest;
 pub mod metrics;
 pub mod operator;

@@ -10,10 +10,12 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use hanse_exchange::hubs::{self, MAX_ANNOUNCED};
 use hanse_hub::admission::{self, Address, ClientOptions};
 use hanse_hub::authority::Lifetimes;
 use hanse_hub::backup;
 use hanse_hub::custom_resources::{self, Definition};
+use hanse_hub::initialise;
 use hanse_hub::sealed::{self, UnlockKey};
 use hanse_hub::server::{Hub, Options, default_store, init_with, is_initialised};
 use hanse_hub::transfer::{self, Copied};
@@ -133,7 +135,8 @@ struct InitArgs {
     /// Address for clusters that join.
     #[arg(long)]
     join_listen: SocketAddr,
-    /// Succeed without changes if the directory already contains a ClusterSet.
+    /// Succeed without changes if the directory already contains a ClusterSet. With --key-file and a store on etcd: if the store does.
+    /// Several replicas may then run this command at the same time; the one that creates the administrator says so.
     #[arg(long)]
     if_missing: bool,
 }
@@ -155,6 +158,10 @@ struct RunArgs {
     /// Address for clusters that join with a token (server certificate only).
     #[arg(long, value_name = "ADDRESS", help_heading = "Listeners")]
     join_listen: SocketAddr,
+    /// Address at which members reach this replica; repeat it for several. The hub sends the addresses of all running replicas to
+    /// members, which then connect to each of them. Without it, members connect to the addresses that they are configured with.
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Listeners", value_parser = advertised)]
+    advertise: Vec<String>,
     /// Serve health and readiness over HTTP at this address.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
@@ -207,6 +214,11 @@ struct RunArgs {
     webhook_client_name: Vec<String>,
 }
 
+/// An address that members can use.
+fn advertised(text: &str) -> Result<String, String> {
+    hubs::read(text.trim()).map_err(|error| error.to_string())
+}
+
 fn main() -> ExitCode {
     match run(settings::parse(&["restored"])) {
         Ok(()) => ExitCode::SUCCESS,
@@ -233,6 +245,17 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
             let store = args.store.unwrap_or_else(|| default_store(&args.data));
             if args.if_missing && is_initialised(&args.data) {
                 return Ok(text::line(format_args!("{} already contains a ClusterSet", args.data.display()))?);
+            }
+            if let Some(key_file) = args.key_file.as_deref().filter(|_| args.if_missing && store.path().is_none()) {
+                let made = initialise::initialise(&args.data, &store, key_file, &trust_domain, args.listen).await?;
+                let data = args.data.display();
+                let what = match made {
+                    true => format!(
+                        "Created ClusterSet {trust_domain} in {store}. Administer it with {data}/admin.context."
+                    ),
+                    false => format!("{store} already contains a ClusterSet."),
+                };
+                return Ok(text::line(what)?);
             }
             let unlock = args.key_file.as_deref().map(UnlockKey::read_or_create).transpose()?;
             let unlock = unlock.as_ref().map(|it| &it.0);
@@ -286,8 +309,14 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
                     names: args.webhook_client_name.into_iter().collect(),
                 },
             });
+            anyhow::ensure!(
+                args.advertise.len() <= MAX_ANNOUNCED,
+                "--advertise is given {} times: a replica announces at most {MAX_ANNOUNCED} addresses",
+                args.advertise.len()
+            );
             let management = Access { kubeconfig: args.kubeconfig, context: args.context };
             let options = Options {
+                advertise: args.advertise.into_iter().collect(),
                 health_listen: args.health_listen,
                 api_server: args.metrics.token_review.then(|| management.clone()),
                 metrics: args.metrics,

@@ -6,8 +6,10 @@
 
 mod availability;
 mod changes;
+mod instances;
 mod leases;
 pub mod records;
+mod replicas;
 mod snapshot;
 
 use std::collections::{HashMap, HashSet};

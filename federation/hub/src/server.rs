@@ -1,5 +1,6 @@
 //! The hub as a whole: its store, its listeners and its background tasks.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -79,6 +80,8 @@ pub struct Options {
     pub store: StoreUrl,
     pub listen: SocketAddr,
     pub join_listen: SocketAddr,
+    /// The addresses at which members reach this replica; none are announced by default.
+    pub advertise: BTreeSet<String>,
     pub health_listen: Option<SocketAddr>,
     pub metrics: MetricsOptions,
     /// How long a cluster may be silent before its lease ends.
@@ -105,6 +108,7 @@ impl Options {
             key_file: None,
             listen,
             join_listen,
+            advertise: BTreeSet::new(),
             health_listen: None,
             metrics: MetricsOptions::default(),
             api_server: None,
@@ -212,6 +216,13 @@ pub async fn init_with(
     let credentials = Credentials::new(key, certificate)?;
     credentials.key.write(&data.join("admin.key"))?;
     credentials.certificate.write(&data.join("admin.pem"))?;
+    write_context(data, trust_domain, listen)?;
+    std::fs::remove_file(&unfinished).with_context(|| format!("remove {}", unfinished.display()))?;
+    Ok(())
+}
+
+/// Writes the context file of the first administrator.
+pub(crate) fn write_context(data: &Path, trust_domain: &TrustDomain, listen: SocketAddr) -> anyhow::Result<()> {
     let context = Context {
         hubs: vec![reachable(listen).to_string()],
         trust_domain: Some(trust_domain.to_string()),
@@ -220,9 +231,7 @@ pub async fn init_with(
         key: "admin.key".into(),
     };
     let text = serde_json::to_string_pretty(&context)? + "\n";
-    files::write_secret(&data.join("admin.context"), text.as_bytes()).context("write admin.context")?;
-    std::fs::remove_file(&unfinished).with_context(|| format!("remove {}", unfinished.display()))?;
-    Ok(())
+    files::write_secret(&data.join("admin.context"), text.as_bytes()).context("write admin.context")
 }
 
 /// Whether `data` contains the root key of a ClusterSet whose [`init`] was completed.
@@ -338,6 +347,7 @@ impl Hub {
         let counted = HubMetrics::new(&metrics);
 
         let exchange = Service::new(registry.clone(), stop.clone()).with_metrics(&counted);
+        let exchange_replica = exchange.replica();
         let following = exchange.clone();
         shutdown.supervise("distribution of the registry", move || following.clone().follow_registry());
         let realisations: Arc<dyn Realisations> = Arc::new(exchange.clone());
@@ -413,6 +423,13 @@ impl Hub {
             tokio::time::sleep(DRAIN / 2).await;
             closing.close_where(|_| true);
         });
+        if !options.advertise.is_empty() {
+            let announcing = (registry.clone(), exchange_replica, options.advertise, shutdown.token());
+            shutdown.supervise("announcement of addresses", move || {
+                let (registry, replica, addresses, stop) = announcing.clone();
+                registry.announce(replica, addresses, stop)
+            });
+        }
         serving.set(true);
         info!(%address, %join_address, trust_domain = %authority.trust_domain(), "hub is serving");
         Ok(Self { address, join_address, registry, authority, connections, metrics })

@@ -108,10 +108,12 @@ async fn open_or_create(url: &StoreUrl) -> anyhow::Result<std::sync::Arc<dyn Sto
     }
 }
 
-/// Whether a copy includes an entry: all but the records of copies, and the epoch.
+/// Whether a copy includes an entry: all but the records of copies and of running processes, and the epoch.
 fn is_copied(key: &Key) -> bool {
     let segments: Vec<&str> = key.segments().collect();
-    ![INCOMING, MOVED, EPOCH].iter().any(|it| segments == it)
+    // Of the processes that use this store now.
+    let of_processes = matches!(segments.first(), Some(&("hub" | "instance")));
+    !of_processes && ![INCOMING, MOVED, EPOCH].iter().any(|it| segments == it)
 }
 
 fn copied(archive: &Archive) -> usize {
@@ -166,7 +168,7 @@ async fn finish(target: &dyn Store, archive: &Archive) -> anyhow::Result<()> {
     for time_to_live in &archive.leases {
         leases.push(target.grant_lease(*time_to_live).await.context("grant a lease in the target")?);
     }
-    let leased = archive.entries.iter().filter_map(|it| {
+    let leased = archive.entries.iter().filter(|it| is_copied(&it.key)).filter_map(|it| {
         let lease = *leases.get(it.lease?)?;
         Some(Change::Put { key: it.key.clone(), value: it.value.clone(), lease: Some(lease) })
     });

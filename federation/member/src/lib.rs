@@ -9,6 +9,7 @@ pub mod exchange;
 pub mod fanout;
 pub mod federated;
 pub mod flows;
+pub mod hubs;
 pub mod leadership;
 pub mod live;
 pub mod metrics;

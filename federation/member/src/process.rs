@@ -30,6 +30,7 @@ use crate::api_server::{self, AgentAccount, ConfigMapName, Reviewer};
 use crate::exchange::client::Client;
 use crate::fanout::Fanout;
 use crate::flows::{self, Inbox};
+use crate::hubs::Hubs;
 use crate::leadership::Leadership;
 use crate::live::Live;
 use crate::metrics::{FlowMetrics, Metrics};
@@ -106,9 +107,10 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
     }
     let identity = identity(&options, &state, &stop).await?;
     monitoring.joined.set(true);
-    let resolver = Resolver::restore(&options.data, options.hubs.iter().chain(&options.join));
+    let hubs = Hubs::restore(&options.cluster, &options.data, &options.hubs, monitoring.writes.clone());
+    let resolver = Resolver::restore(&options.data, hubs.all().iter().chain(&options.join));
     let identity = identity.with_resolver(resolver.clone());
-    keep_fresh(&options, &identity, &resolver, &shutdown);
+    keep_fresh(&options, &identity, (&resolver, &hubs), &shutdown);
     let fanout = Fanout::new(&state, options.node_lifetime)?;
     let fanout = fanout.with_writes(monitoring.writes.clone()).with_reviewer(reviewer(&options).await?);
     let fanout = fanout.with_metrics_reviews(reviews);
@@ -132,7 +134,7 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
             keep_taints(access, fanout, state, stop)
         });
     }
-    let client = Client::restore(&options.data, monitoring.writes.clone()).with_leadership(leadership);
+    let client = Client::restore(&options.data, monitoring.writes.clone(), hubs.clone()).with_leadership(leadership);
     let mut changes = start_source(&options, &state, has_own_caches, &monitoring.writes, &shutdown)?;
     // Before the source has been read, the state of the cluster is unknown, and nothing new is published or enforced.
     let local = tokio::select! {
@@ -140,7 +142,7 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
         local = changes.recv() => local.context("read the source")?,
     };
     monitoring.sourced.set(true);
-    let ends = EndsOf { options: options.clone(), resolver: resolver.clone(), agents, enrolment };
+    let ends = EndsOf { options: options.clone(), hubs: hubs.clone(), resolver: resolver.clone(), agents, enrolment };
     let world = World::new(identity.cluster().clone(), options.unknown_pods, ends.now());
     let world = world.with_enforcement(options.enforcement).with_reader(client.reader());
     let live = world.live().clone();
@@ -158,8 +160,8 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
         member.world.receive(updates);
     }
     member.take_local(local);
-    client.start(&identity, &options.hubs, &shutdown);
-    answering.start(&identity, &options.hubs, &shutdown);
+    client.start(&identity, &shutdown);
+    answering.start(&identity, &hubs, &shutdown);
     keep_flows(flows, live, &options, &monitoring, &shutdown);
     let inputs = Inputs { source: changes, requests, ends, watching: monitoring.watching };
     member.run(inputs, &resolver, &stop).await
@@ -282,9 +284,12 @@ async fn identity(options: &Options, state: &State, stop: &CancellationToken) ->
 }
 
 /// Starts the tasks that resolve the hubs' names and renew certificates.
-fn keep_fresh(options: &Options, identity: &MemberIdentity, resolver: &Resolver, shutdown: &Shutdown) {
-    let (resolving, stop) = (resolver.clone(), shutdown.token());
-    shutdown.supervise("resolution of names", move || resolving.clone().keep_fresh(stop.clone()));
+fn keep_fresh(options: &Options, identity: &MemberIdentity, (resolver, hubs): (&Resolver, &Hubs), shutdown: &Shutdown) {
+    let resolving = (resolver.clone(), hubs.clone(), options.join.clone(), shutdown.token());
+    shutdown.supervise("resolution of names", move || {
+        let (resolver, hubs, join, stop) = resolving.clone();
+        resolver.keep_fresh(hubs, join, stop)
+    });
     if let (Some(to), Location::Kubernetes(access)) = (&options.authority_config_map, &options.source) {
         let keeping = (access.clone(), to.clone(), identity.clone(), shutdown.token());
         shutdown.supervise("authority's ConfigMap", move || {
@@ -292,7 +297,7 @@ fn keep_fresh(options: &Options, identity: &MemberIdentity, resolver: &Resolver,
             api_server::keep_authority(access, to, identity, stop)
         });
     }
-    let renewing = (identity.clone(), options.hubs.clone(), options.join.clone(), shutdown.token());
+    let renewing = (identity.clone(), hubs.clone(), options.join.clone(), shutdown.token());
     shutdown.supervise("certificate renewal", move || {
         let (identity, hubs, join, stop) = renewing.clone();
         identity.keep_fresh(hubs, join, stop)
@@ -373,6 +378,7 @@ fn keep_flows(
 /// Determines the ends of Hanse's own streams.
 struct EndsOf {
     options: Options,
+    hubs: Hubs,
     resolver: Resolver,
     agents: SocketAddr,
     enrolment: SocketAddr,
@@ -381,7 +387,7 @@ struct EndsOf {
 impl EndsOf {
     fn now(&self) -> Ends {
         Ends {
-            hubs: self.resolver.addresses(&self.options.hubs),
+            hubs: self.resolver.addresses(&self.hubs.all()),
             joins: self.resolver.addresses(&self.options.join),
             agents: Some(self.agents),
             enrolment: Some(self.enrolment),
@@ -452,7 +458,7 @@ impl Member {
         let mut written = self.writes.changes();
         let (mut report, mut addresses) = (every(REPORT_EVERY), every(CHECK_ADDRESSES_EVERY));
         let mut hub = every(CHECK_HUB_EVERY);
-        let (mut is_reported, mut problems) = (false, Vec::new());
+        let (mut is_reported, mut problems) = (false, (Vec::new(), None));
         loop {
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),
@@ -484,7 +490,7 @@ impl Member {
                 // A connection that becomes silent causes no event.
                 _ = hub.tick() => {
                     inputs.watching.set(client.is_watching());
-                    let now = client.problems();
+                    let now = (client.problems(), client.digests_equal());
                     is_reported &= now == problems;
                     problems = now;
                 }

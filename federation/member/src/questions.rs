@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
+use crate::hubs::{Hubs, Targets};
 use crate::live::{Live, State};
 use crate::own_streams::describe;
 use crate::registration::MemberIdentity;
@@ -66,15 +67,13 @@ impl Answering {
         (Self { live, requests }, received)
     }
 
-    /// Answers questions of every hub until the shutdown.
-    pub fn start(&self, identity: &MemberIdentity, hubs: &[String], shutdown: &Shutdown) {
-        for hub in hubs {
-            let (this, identity, hub, stop) = (self.clone(), identity.clone(), hub.clone(), shutdown.token());
-            shutdown.supervise("answers to the hub", move || {
-                let (this, identity, hub, stop) = (this.clone(), identity.clone(), hub.clone(), stop.clone());
-                async move { this.answer_forever(&identity, &hub, &stop).await }
-            });
-        }
+    /// Answers questions of every replica of the hub until the shutdown: a user may be connected to any of them.
+    pub fn start(&self, identity: &MemberIdentity, hubs: &Hubs, shutdown: &Shutdown) {
+        let (this, identity) = (self.clone(), identity.clone());
+        hubs.for_each(Targets::Reached, shutdown, "answers to the hub", move |hub, stop| {
+            let (this, identity) = (this.clone(), identity.clone());
+            async move { this.answer_forever(&identity, &hub, &stop).await }
+        });
     }
 
     async fn answer_forever(&self, identity: &MemberIdentity, hub: &str, stop: &CancellationToken) {

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use zeroize::Zeroizing;
 
+use crate::hubs::Hubs;
 use crate::resolver::Resolver;
 use crate::state::State;
 
@@ -247,7 +248,7 @@ impl MemberIdentity {
     }
 
     /// Renews the certificate before it expires, at one of `hubs`; after it has expired, at one of `join`. Returns at `stop`.
-    pub async fn keep_fresh(self, hubs: Vec<String>, join: Vec<String>, stop: CancellationToken) {
+    pub async fn keep_fresh(self, hubs: Hubs, join: Vec<String>, stop: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
         loop {
             let certificate = self.credentials.current().certificate;
@@ -257,9 +258,9 @@ impl MemberIdentity {
                 () = tokio::time::sleep(wait) => {}
             }
             let late = SystemTime::now() >= certificate.not_after;
-            let addresses = if late { &join } else { &hubs };
+            let addresses = if late { join.clone() } else { hubs.all() };
             let mut renewed = false;
-            for address in addresses {
+            for address in &addresses {
                 let attempt = async { if late { self.renew_late(address).await } else { self.renew(address).await } };
                 match attempt.await {
                     Ok(()) => {

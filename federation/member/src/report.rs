@@ -92,6 +92,7 @@ pub fn realisation(
             origins: [hub].into_iter().chain(origins).collect(),
             problems,
             local_revision: world.local_revision(),
+            digests_equal: client.digests_equal(),
         }
     })
 }

@@ -12,6 +12,8 @@ use hanse_runtime::files::write_atomic;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::hubs::Hubs;
+
 /// The interval between resolutions of a name.
 const EVERY: Duration = Duration::from_secs(10);
 /// The timeout of one resolution.
@@ -53,13 +55,23 @@ impl Resolver {
         names.into_iter().filter_map(|name| known.get(name)).flatten().copied().collect()
     }
 
-    /// Resolves all names periodically, until `stop`.
-    pub async fn keep_fresh(self, stop: CancellationToken) {
+    /// Resolves the names of all hubs and of `join` periodically, until `stop`.
+    pub async fn keep_fresh(self, hubs: Hubs, join: Vec<String>, stop: CancellationToken) {
         let mut tick = tokio::time::interval(EVERY);
+        let mut announced = hubs.changes();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 _ = tick.tick() => {}
+                changed = announced.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    // New names are resolved at once.
+                    if !self.follow(hubs.all().iter().chain(&join)) {
+                        continue;
+                    }
+                }
             }
             let names: Vec<String> = self.known.borrow().keys().cloned().collect();
             for name in names.into_iter().filter(|name| name.parse::<SocketAddr>().is_err()) {
@@ -70,6 +82,23 @@ impl Resolver {
                 }
             }
         }
+    }
+
+    /// Replaces the names that are resolved; those that stay keep their addresses. Returns whether they differ from before.
+    fn follow<'a>(&self, names: impl IntoIterator<Item = &'a String>) -> bool {
+        let names: BTreeSet<&String> = names.into_iter().collect();
+        self.known.send_if_modified(|known| {
+            if known.keys().eq(names.iter().copied()) {
+                return false;
+            }
+            let mut next = Addresses::new();
+            for name in names {
+                let literal = || name.parse().ok().map(|address| BTreeSet::from([address]));
+                next.insert(name.clone(), known.remove(name).or_else(literal).unwrap_or_default());
+            }
+            *known = next;
+            true
+        })
     }
 
     fn take(&self, name: &str, found: BTreeSet<SocketAddr>) {
@@ -114,6 +143,20 @@ impl Resolver {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn follows_the_names_of_hubs_and_keeps_their_addresses() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let names = ["hub.example:1", "192.0.2.7:1", "hub-0.example:1"].map(str::to_owned);
+        let resolver = Resolver::restore(folder.path(), &names[..1]);
+        let found: SocketAddr = "192.0.2.9:1".parse().expect("an address");
+        resolver.take(&names[0], [found].into());
+        assert!(resolver.follow(&names) && !resolver.follow(&names));
+        let literal: SocketAddr = "192.0.2.7:1".parse().expect("an address");
+        assert_eq!(resolver.addresses(&names), [literal, found].into());
+        assert!(resolver.follow(&names[..1]));
+        assert_eq!(resolver.addresses(&names), [found].into());
+    }
 
     #[test]
     fn keeps_last_addresses_across_restart() {

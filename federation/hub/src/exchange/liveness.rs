@@ -43,6 +43,44 @@ impl Receiving {
     }
 }
 
+/// Which clusters this replica hears. The lease of a cluster is renewed by any replica: one that does not hear the cluster has old data
+/// of it, or none, and must not present that as current to the clusters that watch it.
+#[derive(Debug, Default)]
+pub struct Hearing {
+    /// When each cluster with a lease was first seen to have it.
+    live: BTreeMap<ClusterName, Instant>,
+}
+
+impl Hearing {
+    /// Longer than a lease lasts in any store, so that a single replica never needs this.
+    fn patience(lease: Duration) -> Duration {
+        lease + lease / 2 + Duration::from_secs(2)
+    }
+
+    /// The clusters of `live`, those with a lease, from which this replica has received nothing for longer than a lease, with the
+    /// time. `heard` is the time since it received something from a cluster.
+    pub fn unheard<'a>(
+        &mut self,
+        live: impl Iterator<Item = &'a ClusterName>,
+        heard: impl Fn(&str) -> Option<Duration>,
+        lease: Duration,
+        now: Instant,
+    ) -> BTreeMap<ClusterName, Duration> {
+        let mut before = std::mem::take(&mut self.live);
+        let mut unheard = BTreeMap::new();
+        for name in live {
+            let since = before.remove(name).unwrap_or(now);
+            self.live.insert(name.clone(), since);
+            let with_lease = now.duration_since(since);
+            let silent = heard(name).map_or(with_lease, |heard| heard.min(with_lease));
+            if silent > Self::patience(lease) {
+                unheard.insert(name.clone(), silent);
+            }
+        }
+        unheard
+    }
+}
+
 /// A cluster that is connected and has not published yet.
 #[derive(Debug, Clone, Copy)]
 pub struct Unpublished {

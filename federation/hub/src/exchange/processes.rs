@@ -1,14 +1,21 @@
 //! Which process publishes for a cluster: the first one, if a copy of its member's folder runs as well.
+//!
+//! Each replica of the hub decides by what it has seen. A replica that has just started has seen nothing: the store tells it which
+//! process the others serve, so that all of them serve the same one.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
-use hanse_identity::instances::{Instance, Instances};
+use hanse_identity::instances::{Instance, Instances, Serving};
 use hanse_policy::model::ClusterName;
 use hanse_protocol::reason::ExchangeProblem;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+
+/// A process that another one has replaced has ended if it does not return within this time.
+const RETURNS_WITHIN: Duration = Duration::from_secs(60);
 
 /// One entry for each cluster that has published since the start.
 #[derive(Debug, Default)]
@@ -38,14 +45,22 @@ impl ServedProcess {
 }
 
 impl Processes {
-    /// A process opens a stream to publish.
+    /// A process opens a stream to publish. `recorded`: the number of the process that the store names.
     ///
     /// # Errors
     /// `ABORTED`: another process with the same key is served.
-    pub fn admit(&self, cluster: &ClusterName, instance: Instance) -> Result<ServedProcess, Status> {
+    pub fn admit(
+        &self,
+        cluster: &ClusterName,
+        instance: Instance,
+        recorded: Option<&[u8]>,
+    ) -> Result<ServedProcess, Status> {
         let now = Instant::now();
         let mut processes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let process = processes.entry(cluster.clone()).or_default();
+        if let Some(recorded) = recorded {
+            process.instances.expect(recorded, now);
+        }
         let present = process.present.upgrade();
         let stays = process.instances.is_present(&instance);
         let is_admitted = process.instances.take(instance, present.is_some(), now);
@@ -73,10 +88,68 @@ impl Processes {
         Ok(ServedProcess(served_process))
     }
 
+    /// The number to record for a cluster, if the store is to name another process, or none yet. Of one that another replica serves, only
+    /// the end is known: the process that came after it here is recorded when the other has not returned.
+    pub fn to_record(&self, cluster: &ClusterName, recorded: Option<&[u8]>) -> Option<Vec<u8>> {
+        let now = Instant::now();
+        let processes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let instances = &processes.get(cluster)?.instances;
+        let Serving { number: present, former, since } = instances.serving()?;
+        let is_due = match recorded {
+            _ if present.is_empty() => false,
+            None => true,
+            Some(recorded) => {
+                let has_gone = now.duration_since(since) > RETURNS_WITHIN && instances.rivals(now).is_none();
+                recorded != present && former == Some(recorded) && has_gone
+            }
+        };
+        is_due.then(|| present.to_vec())
+    }
+
     /// Why the reports of a cluster do not count, if two processes report for it.
     pub fn conflict(&self, cluster: &ClusterName) -> Option<ExchangeProblem> {
         let processes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (served, refused) = processes.get(cluster)?.instances.rivals(Instant::now())?;
         Some(ExchangeProblem::ClusterKeyInUse { served: served.to_string(), refused: refused.to_string() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+
+    fn instance(number: u8) -> Instance {
+        Instance::new(&[number; 16], SocketAddr::from(([192, 0, 2, number], 1)))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_replica_that_starts_prefers_the_recorded_process() {
+        let (processes, cluster) = (Processes::default(), ClusterName::from("train"));
+        let recorded: Option<&[u8]> = Some(&[1; 16]);
+        let copy = processes.admit(&cluster, instance(2), recorded).expect("the first may have ended");
+        assert_eq!(processes.to_record(&cluster, recorded), None, "it may return");
+        let first = processes.admit(&cluster, instance(1), recorded).expect("it is the first");
+        assert!(copy.is_replaced() && !first.is_replaced());
+        assert!(processes.admit(&cluster, instance(2), recorded).is_err() && processes.conflict(&cluster).is_some());
+        assert_eq!(processes.to_record(&cluster, recorded), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_is_recorded_at_once_and_its_successor_when_it_has_not_returned() {
+        let (processes, cluster) = (Processes::default(), ClusterName::from("train"));
+        assert_eq!(processes.to_record(&cluster, None), None);
+        let one = processes.admit(&cluster, instance(1), None).expect("the first");
+        assert_eq!(processes.to_record(&cluster, None), Some(vec![1; 16]));
+        drop(one);
+        let recorded: Option<&[u8]> = Some(&[1; 16]);
+        assert_eq!(processes.to_record(&cluster, recorded), None);
+        let _two = processes.admit(&cluster, instance(2), recorded).expect("the member was started again");
+        assert_eq!(processes.to_record(&cluster, recorded), None);
+        tokio::time::advance(RETURNS_WITHIN + Duration::from_secs(1)).await;
+        assert_eq!(processes.to_record(&cluster, recorded), Some(vec![2; 16]));
+        // A process that was never here: another replica serves it.
+        assert_eq!(processes.to_record(&cluster, Some(&[9; 16])), None);
     }
 }

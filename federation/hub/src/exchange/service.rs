@@ -7,15 +7,17 @@
 //! A receiver's stream requests the next message when its
 //! connection has room, so that a slow receiver costs its dirty ids only, and delays no other.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use hanse_identity::Identity;
 use hanse_identity::instances::Instance;
 use hanse_identity::tls::{peer, peer_identity};
+use hanse_identity::token;
 use hanse_policy::model::ClusterName;
 use hanse_proto::federation::v1 as pb;
 use hanse_proto::federation::v1::exchange_server::Exchange as Wire;
@@ -23,7 +25,7 @@ use hanse_runtime::supervisor::caught;
 use prometheus_client::metrics::histogram::Histogram;
 use prost::Message as _;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
@@ -32,17 +34,18 @@ use tracing::Instrument as _;
 
 use super::admission::{Accounts, MAX_STREAMS, Rate, StreamCounts, StreamPermit, Unfinished, within};
 use super::derive::Deriver;
-use super::liveness::{Receiving, Unpublished};
+use super::liveness::{Hearing, Receiving, Unpublished};
 use super::mutex::lock;
 use super::processes::{Processes, ServedProcess};
 use super::report;
 use crate::metrics::HubMetrics;
-use crate::registry::Registry;
+use crate::registry::{self, Cluster, ClusterState, Registry, Snapshot};
 use crate::status::Realisation;
 use hanse_exchange::codec;
 use hanse_exchange::hub::{Exchange, Next, PublishError, PublishId, Published, ReadOpening, ReadRequest, ReceiverId};
 use hanse_exchange::limits::MAX_PLAIN_BYTES;
-use hanse_exchange::message::{PublishRequest, WatchRequest, WatchResponse};
+use hanse_exchange::message::{PublishRequest, PublishResponse, WatchRequest, WatchResponse};
+use hanse_exchange::model::{Lease, Position};
 
 mod status;
 
@@ -63,6 +66,14 @@ const OWN_EVERY: Duration = Duration::from_millis(100);
 const ACKNOWLEDGE_TIME: Duration = Duration::from_secs(600);
 /// A lease lasts for seconds: one renewal in this time is enough.
 const RENEW_EVERY: Duration = Duration::from_secs(1);
+/// How often a replica tells a publishing member its position, if that has changed.
+const POSITION_EVERY: Duration = HEARTBEAT;
+/// How often the digests of a watching member are compared for the other replicas: for 1,000 members this takes some 2 % of the
+/// exchange's time.
+const COMPARE_EVERY: Duration = Duration::from_secs(20);
+/// How often a replica checks which clusters it hears.
+const HEAR_EVERY: Duration = Duration::from_secs(1);
+
 /// The exchange of this replica. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Service {
@@ -95,6 +106,14 @@ struct Shared {
     /// What the publishing streams, and the watching streams, of each cluster have used of the exchange's time.
     used_publishing: Accounts,
     used_watching: Accounts,
+    /// Identifies this process: 16 random bytes.
+    replica: Bytes,
+    /// The position of the hub's own objects.
+    position: watch::Sender<Position>,
+    /// The announced addresses of all replicas.
+    hubs: watch::Sender<Arc<BTreeSet<String>>>,
+    /// The clusters with a lease that this replica does not hear, and for how long.
+    unheard: Mutex<BTreeMap<ClusterName, Duration>>,
 }
 
 /// The time between heartbeats, in milliseconds: three chances within a lease.
@@ -106,7 +125,9 @@ impl Service {
     pub fn new(registry: Registry, stop: CancellationToken) -> Self {
         let mut exchange = Exchange::default();
         exchange.set_heartbeat(heartbeat(&registry));
-        let shared = Arc::new(Shared { exchange: tokio::sync::Mutex::new(exchange), ..Shared::default() });
+        // If no randomness is available, TLS fails as well. Without an identifier, a member publishes to each address.
+        let replica = token::random::<16>().map_or_else(|_| Bytes::new(), |id| Bytes::copy_from_slice(&id));
+        let shared = Arc::new(Shared { exchange: tokio::sync::Mutex::new(exchange), replica, ..Shared::default() });
         Self { registry, shared, stop, lock_time: HubMetrics::default().exchange_lock }
     }
 
@@ -115,28 +136,91 @@ impl Service {
         Self { lock_time: metrics.exchange_lock.clone(), ..self }
     }
 
+    /// The name under which this process announces its addresses.
+    pub fn replica(&self) -> Arc<str> {
+        hex(&self.shared.replica).into()
+    }
+
     /// Follows the registry until `stop`: policies, clusters, grants, leases.
     pub async fn follow_registry(self) {
         let mut view = self.registry.subscribe();
         let mut deriver = Deriver::default();
+        let mut hearing = Hearing::default();
+        let mut hear = tokio::time::interval(HEAR_EVERY);
         loop {
             let snapshot = view.borrow_and_update().clone();
-            let newest = deriver.federation(&self.registry, &snapshot);
+            let mut newest = deriver.federation(&self.registry, &snapshot);
+            let unheard = self.unheard(&mut hearing, &snapshot);
+            let lease_ms = u64::try_from(self.registry.lease_time().as_millis()).unwrap_or(u64::MAX);
+            for name in unheard.keys() {
+                if let Some(cluster) = newest.clusters.get_mut(name) {
+                    // As at the end of its lease: what this replica has of it may be old.
+                    cluster.lease = Lease::Stale { silent_ms: lease_ms };
+                }
+            }
+            let names: BTreeSet<ClusterName> = unheard.keys().cloned().collect();
+            self.note_unheard(unheard);
             let heartbeat = heartbeat(&self.registry);
+            let position = newest.position;
             self.with(|exchange| {
                 // Of streams that are opened from now on: those of before are closed when the lease changes.
                 exchange.set_heartbeat(heartbeat);
                 exchange.set_federation_part(newest)
             })
             .await;
+            self.shared.position.send_if_modified(|at| std::mem::replace(at, position) != position);
+            let hubs = snapshot.hub_addresses();
+            self.shared.hubs.send_if_modified(|list| {
+                let is_new = **list != hubs;
+                if is_new {
+                    *list = Arc::new(hubs);
+                }
+                is_new
+            });
             while self.with(Exchange::regrant_more).await {
                 tokio::time::sleep(BETWEEN_PARTS).await;
             }
-            tokio::select! {
-                () = self.stop.cancelled() => return,
-                changed = view.changed() => if changed.is_err() { return },
+            loop {
+                tokio::select! {
+                    () = self.stop.cancelled() => return,
+                    changed = view.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        break;
+                    }
+                    _ = hear.tick() => {
+                        let unheard = self.unheard(&mut hearing, &self.registry.snapshot());
+                        let is_changed = !unheard.keys().eq(&names);
+                        self.note_unheard(unheard);
+                        if is_changed {
+                            break;
+                        }
+                    }
+                }
             }
         }
+    }
+
+    fn unheard(&self, hearing: &mut Hearing, snapshot: &Snapshot) -> BTreeMap<ClusterName, Duration> {
+        let is_live = |it: &&Arc<Cluster>| it.state == ClusterState::Accepted && it.lease == registry::Lease::Live;
+        let live = snapshot.clusters.values().filter(is_live).map(|it| &it.name);
+        let heard = |cluster: &str| self.registry.silent_for(cluster);
+        hearing.unheard(live, heard, self.registry.lease_time(), tokio::time::Instant::now())
+    }
+
+    fn note_unheard(&self, unheard: BTreeMap<ClusterName, Duration>) {
+        let mut noted = lock(&self.shared.unheard);
+        for (cluster, silent) in unheard.iter().filter(|(cluster, _)| !noted.contains_key(*cluster)) {
+            tracing::warn!(
+                %cluster, seconds = silent.as_secs(),
+                "cluster not heard by this replica, although another one is: its data counts as old here"
+            );
+        }
+        for cluster in noted.keys().filter(|cluster| !unheard.contains_key(*cluster)) {
+            tracing::info!(%cluster, "cluster is heard by this replica again, or has no lease");
+        }
+        *noted = unheard;
     }
 
     /// Changes the exchange, and wakes the receivers that then have something to be sent.
@@ -257,10 +341,20 @@ impl Service {
         let mut unfinished = None;
         let mut served: Option<ServedProcess> = None;
         let taken_over = || Status::aborted("another process publishes with this cluster's key");
+        let mut position = self.shared.position.subscribe();
+        let mut tell_position = tokio::time::interval(POSITION_EVERY);
         loop {
             let next = tokio::select! {
                 biased;
                 () = replaced(served.as_ref()) => return Err(taken_over()),
+                _ = tell_position.tick(), if served.is_some() => {
+                    if position.has_changed().unwrap_or(false)
+                        && let Ok(room) = outbox.try_reserve()
+                    {
+                        room.send(Ok(self.replica_now(&mut position)));
+                    }
+                    continue;
+                }
                 next = within(&unfinished, incoming.next()) => next?.transpose()?,
             };
             let Some(request) = next else { return Ok(()) };
@@ -271,7 +365,11 @@ impl Service {
             let request =
                 codec::publish::decode_request(request).map_err(|error| Status::invalid_argument(error.to_string()))?;
             if let PublishRequest::Open { instance, .. } = &request {
-                served = Some(self.shared.processes.admit(cluster, Instance::new(instance, from))?);
+                let recorded = self.recorded_instance(cluster);
+                let instance = Instance::new(instance, from);
+                served = Some(self.shared.processes.admit(cluster, instance, recorded.as_deref())?);
+                let replica = self.replica_now(&mut position);
+                outbox.send(Ok(replica)).await.map_err(|_| Status::cancelled("the member is gone"))?;
             }
             // The lease is not renewed before the process is known.
             let Some(process) = &served else {
@@ -279,6 +377,7 @@ impl Service {
             };
             if renewed.is_none_or(|it| it.elapsed() > RENEW_EVERY) {
                 self.renew_lease(cluster).await?;
+                self.record_instance(cluster);
                 renewed = Some(tokio::time::Instant::now());
             }
             if let PublishRequest::Report(bytes) = &request {
@@ -330,6 +429,34 @@ impl Service {
                 unfinished.waited(began.elapsed());
             }
         }
+    }
+
+    /// The number of the process that publishes for a cluster, as the store has it.
+    fn recorded_instance(&self, cluster: &ClusterName) -> Option<Vec<u8>> {
+        let recorded = self.registry.snapshot().instance_of(cluster)?;
+        let byte = |at: usize| recorded.get(at..at + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        (0..recorded.len()).step_by(2).map(byte).collect()
+    }
+
+    /// Records the process that publishes for a cluster, where the store does not name it. The stream does not wait for the store.
+    fn record_instance(&self, cluster: &ClusterName) {
+        let recorded = self.recorded_instance(cluster);
+        let Some(number) = self.shared.processes.to_record(cluster, recorded.as_deref()) else { return };
+        let (registry, cluster) = (self.registry.clone(), cluster.clone());
+        tokio::spawn(async move {
+            let outcome = registry.record_instance(&cluster, &hex(&number)).await;
+            if let Err(error) = outcome
+                && registry.unavailable_for().is_none()
+            {
+                tracing::warn!(%cluster, %error, "process of a cluster not recorded");
+            }
+        });
+    }
+
+    /// This process, and the position of its objects, for a publishing member.
+    fn replica_now(&self, position: &mut watch::Receiver<Position>) -> pb::PublishResponse {
+        let hub = *position.borrow_and_update();
+        codec::publish::encode_response(PublishResponse::Replica { id: self.shared.replica.clone(), hub })
     }
 
     /// When a cluster may next do what it may do once in `every`. Each waiting stream has a slot; an abandoned slot delays only the
@@ -448,6 +575,10 @@ impl Service {
         // A request that was received and not taken yet.
         let mut waiting: Option<WatchRequest> = None;
         let mut keeps_since: Option<tokio::time::Instant> = None;
+        let mut hubs = self.shared.hubs.subscribe();
+        hubs.mark_changed();
+        // The last comparison: when, and its result.
+        let (mut is_welcomed, mut compared) = (false, None);
         loop {
             tokio::select! {
                 biased;
@@ -486,7 +617,10 @@ impl Service {
                 }, if has_more => {
                     let room = room.map_err(|_| gone())?;
                     match self.charged(cluster, Duration::ZERO, |exchange| exchange.next_step(id)).await {
-                        Next::Message(message) => room.send(Ok(codec::watch::encode_response(message))),
+                        Next::Message(message) => {
+                            is_welcomed |= matches!(message, WatchResponse::Welcome { .. });
+                            room.send(Ok(codec::watch::encode_response(message)));
+                        }
                         Next::Evaluate(evaluation) => {
                             // Outside the lock.
                             let began = Instant::now();
@@ -498,7 +632,29 @@ impl Service {
                         Next::Nothing => has_more = false,
                     }
                 }
+                // Only while it is served: then this replica's list is not older than what the member has.
+                room = async {
+                    // This service has the sender.
+                    let _ = hubs.changed().await;
+                    // Marked again if this is cancelled while it waits for room.
+                    hubs.mark_changed();
+                    outbox.reserve().await
+                }, if is_welcomed => {
+                    let list: Vec<String> = hubs.borrow_and_update().iter().cloned().collect();
+                    room.map_err(|_| gone())?.send(Ok(codec::watch::encode_response(WatchResponse::Hubs(list))));
+                }
                 now = beat.tick() => {
+                    // With one replica, no other needs the result. Right after a change, digests differ for a moment.
+                    let is_due = compared.is_none_or(|(at, equal): (tokio::time::Instant, bool)| {
+                        !equal || at.elapsed() > COMPARE_EVERY
+                    });
+                    if is_welcomed && is_due && hubs.borrow().len() > 1 {
+                        let equal = self.look(|exchange| exchange.digests_equal(cluster)).await;
+                        if let (Some(equal), Ok(room)) = (equal, outbox.try_reserve()) {
+                            compared = Some((now, equal));
+                            room.send(Ok(codec::watch::encode_response(WatchResponse::Compared { equal })));
+                        }
+                    }
                     let keeps_replaced = self.look(|exchange| exchange.keeps_replaced(id)).await;
                     keeps_since = keeps_replaced.then(|| keeps_since.unwrap_or(now));
                     if keeps_since.is_some_and(|since| since.elapsed() > ACKNOWLEDGE_TIME) {
@@ -516,6 +672,10 @@ impl Service {
             }
         }
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Returns when another process is served instead.

@@ -157,7 +157,7 @@ fn enforcing(is_connected: bool, realisation: Option<&Realisation>) -> Answer {
             answer(false, "DigestsDiffer", "the data of the cluster differs from what the hub selected".to_owned())
         }
         () if it.digests_equal.is_none() => {
-            answer(false, "NotReported", "the cluster has not reported what it received".to_owned())
+            answer(false, "NotReported", "what the cluster has received was not compared yet".to_owned())
         }
         () if agents == 0 => answer(false, "NoAgents", "no agent of the cluster has enrolled".to_owned()),
         () if current < agents => {

@@ -10,6 +10,7 @@ use hanse_identity::keys::Certificate;
 use hanse_policy::inventory::Labels;
 use hanse_store::{Change, Entry, Event, LeaseId, Listing, Revision, Transaction};
 
+use super::instances::InstanceRecord;
 use super::records::{
     self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, ProposalRecord, Settings, TokenRecord, UserRecord,
 };
@@ -46,6 +47,10 @@ pub struct Snapshot {
     /// The revision at which each cluster first sent a message, or its lease last changed.
     first_received: BTreeMap<Arc<str>, Revision>,
     grants: BTreeMap<Arc<str>, Arc<Stored<MemberCluster>>>,
+    /// The addresses of each replica of the hub that is running.
+    pub(super) replicas: BTreeMap<Arc<str>, Arc<BTreeSet<String>>>,
+    /// The process that publishes for each cluster.
+    pub(super) instances: BTreeMap<Arc<str>, InstanceRecord>,
 }
 
 #[derive(Debug, Clone)]
@@ -270,6 +275,15 @@ impl Snapshot {
                     None => self.objects.remove(&id),
                 };
                 self.object_bytes -= old.map_or(0, |old| old.manifest.len());
+            }
+            ["instance", name] => {
+                let record = entry.map(|entry| InstanceRecord::new(&entry.value, entry.modified));
+                set(&mut self.instances, name, record);
+            }
+            ["hub", replica] => {
+                // A record of another version may be unreadable here: its addresses are not sent, and all else goes on.
+                let addresses = entry.map(|entry| super::replicas::read(replica, &entry.value));
+                set(&mut self.replicas, replica, addresses);
             }
             ["meta", "settings"] => self.settings = read(entry)?,
             ["change", uid, id] => {

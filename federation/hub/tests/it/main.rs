@@ -8,12 +8,18 @@ mod custom_resources;
 #[path = "../../../store/tests/it/etcd/nodes.rs"]
 #[expect(dead_code, reason = "the tests of the store use more of it")]
 mod etcd_nodes;
+#[cfg(feature = "etcd")]
+#[path = "../../../store/tests/it/etcd/proxy.rs"]
+#[expect(dead_code, reason = "the tests of the store use more of it")]
+mod etcd_proxy;
 mod exchange;
 mod hostile_reports;
 mod impostors;
 mod join;
 mod objects;
 mod process;
+#[cfg(feature = "etcd")]
+mod replicas;
 mod store;
 mod support;
 mod webhook;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use hanse_api::assemble::Changed;
 use hanse_exchange::codec;
 use hanse_exchange::interest::Interest;
@@ -35,6 +36,7 @@ use super::model::Updates;
 use super::publisher::{ChangedExports, PublishSession, Publisher};
 use super::receiver::{ReceiveError, ReceiveProblem, Receiver};
 use crate::federated::Reader;
+use crate::hubs::{Choice, Hubs, Next, Reached, Targets};
 use crate::leadership::Leadership;
 use crate::registration::MemberIdentity;
 
@@ -46,6 +48,10 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 const SILENCE: Duration = Duration::from_secs(15);
 /// The interval between attempts to replace a stream after a renewal, while the old stream continues.
 const REOPEN_AFTER: Duration = Duration::from_secs(2);
+/// The interval between checks for a better replica of the hub.
+const CHOOSE_EVERY: Duration = Duration::from_millis(500);
+/// How long an open Watch stream may wait until the hub is as new as this member, if there are other hubs.
+const SERVED_WITHIN: Duration = Duration::from_secs(5);
 /// The maximum interval between attempts to connect to a hub.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// The minimum interval between snapshots of received objects.
@@ -90,6 +96,7 @@ struct Shared {
     watching: Mutex<Watching>,
     /// Of several members of the cluster, this process leads.
     leadership: Option<Leadership>,
+    hubs: Hubs,
     /// Identifies this process at hubs. A process on a copy of the data directory has another value.
     instance: [u8; 16],
 }
@@ -105,6 +112,10 @@ struct Watching {
     lease: Duration,
     /// Why the last stream ended.
     error: Option<String>,
+    /// The last result of comparing digests at the hub.
+    digests_equal: Option<bool>,
+    /// The address of the replica that serves the stream.
+    hub: Option<String>,
 }
 
 /// Counts received changes, those on disk, and those in use. While changes are in use that are not on disk, a marker file exists: after a
@@ -139,7 +150,7 @@ fn problem(of: ReceiveProblem) -> ExchangeProblem {
 
 impl Client {
     /// Restores the snapshots of published and received objects.
-    pub fn restore(data: &Path, writes: Writes) -> Self {
+    pub fn restore(data: &Path, writes: Writes, hubs: Hubs) -> Self {
         let publisher = read(&data.join("publisher.snapshot")).and_then(|bytes| Publisher::restore(&bytes));
         let epoch = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64);
         let reader = Reader::default();
@@ -170,7 +181,15 @@ impl Client {
             leadership: None,
             // If no randomness is available, TLS fails as well.
             instance: token::random().unwrap_or_default(),
-            watching: Mutex::new(Watching { received: Instant::now(), has_received: false, lease: LEASE, error: None }),
+            watching: Mutex::new(Watching {
+                received: Instant::now(),
+                has_received: false,
+                lease: LEASE,
+                error: None,
+                digests_equal: None,
+                hub: None,
+            }),
+            hubs,
         };
         Self { shared: Arc::new(shared) }
     }
@@ -189,21 +208,18 @@ impl Client {
         self.shared.reader.clone()
     }
 
-    /// Publishes to all hubs and watches one, until the shutdown.
-    pub fn start(&self, identity: &MemberIdentity, hubs: &[String], shutdown: &Shutdown) {
-        for hub in hubs {
-            let (client, identity, hub) = (self.clone(), identity.clone(), hub.clone());
-            let stop = shutdown.token();
-            shutdown.supervise("publishing to a hub", move || {
-                let (client, identity, hub, stop) = (client.clone(), identity.clone(), hub.clone(), stop.clone());
-                async move { client.publish_for_ever(&identity, &hub, &stop).await }
-            });
-        }
-        let (client, identity, hubs) = (self.clone(), identity.clone(), hubs.to_vec());
+    /// Publishes to all replicas of the hub and watches one, until the shutdown.
+    pub fn start(&self, identity: &MemberIdentity, shutdown: &Shutdown) {
+        let (client, publishing) = (self.clone(), identity.clone());
+        self.shared.hubs.for_each(Targets::All, shutdown, "publishing to a hub", move |hub, stop| {
+            let (client, identity) = (client.clone(), publishing.clone());
+            async move { client.publish_for_ever(&identity, &hub, &stop).await }
+        });
+        let (client, identity) = (self.clone(), identity.clone());
         let stop = shutdown.token();
         shutdown.supervise("watching a hub", move || {
-            let (client, identity, hubs, stop) = (client.clone(), identity.clone(), hubs.clone(), stop.clone());
-            async move { client.watch_for_ever(&identity, &hubs, &stop).await }
+            let (client, identity, stop) = (client.clone(), identity.clone(), stop.clone());
+            async move { client.watch_for_ever(&identity, &stop).await }
         });
         let (client, stop) = (self.clone(), shutdown.token());
         shutdown.supervise("snapshot of what was received", move || {
@@ -288,8 +304,17 @@ impl Client {
     fn take(&self, message: WatchResponse) -> Result<Vec<WatchRequest>, ReceiveError> {
         let is_quiet = matches!(
             message,
-            WatchResponse::Welcome { .. } | WatchResponse::Heartbeat | WatchResponse::PartsRefused(_)
+            WatchResponse::Welcome { .. }
+                | WatchResponse::Heartbeat
+                | WatchResponse::PartsRefused(_)
+                | WatchResponse::Hubs(_)
+                | WatchResponse::Compared { .. }
         );
+        match &message {
+            WatchResponse::Hubs(addresses) => self.shared.hubs.announce(addresses),
+            WatchResponse::Compared { equal } => lock(&self.shared.watching).digests_equal = Some(*equal),
+            _ => {}
+        }
         let heartbeat_ms = match &message {
             WatchResponse::Welcome { heartbeat_ms } => Some(*heartbeat_ms),
             _ => None,
@@ -355,6 +380,16 @@ impl Client {
         watching.received.elapsed() < watching.lease
     }
 
+    /// Whether the digests of this member equalled those of the hub that it watches, when they were last compared.
+    pub fn digests_equal(&self) -> Option<bool> {
+        lock(&self.shared.watching).digests_equal
+    }
+
+    /// The address of the replica that is watched, while it serves the stream.
+    pub fn watched(&self) -> Option<String> {
+        lock(&self.shared.watching).hub.clone()
+    }
+
     /// Problems of the connection to the hub and of received objects.
     pub fn problems(&self) -> Vec<ExchangeProblem> {
         let mut problems = Vec::new();
@@ -392,10 +427,20 @@ impl Client {
                 () = stop.cancelled() => return,
                 ended = self.publish_once(identity, hub, &mut backoff).instrument(tracing::info_span!("publish_stream", hub)) => ended,
             };
-            if let Err(error) = ended {
-                tracing::warn!(error = format!("{error:#}"), hub, "publish stream ended, trying again");
-                if let Some(leadership) = self.shared.leadership.as_ref().filter(|_| is_replaced(&error)) {
-                    leadership.note_replaced();
+            match ended {
+                Ok(None) => {}
+                Ok(Some(replica)) => {
+                    tracing::debug!(hub, "not published to: another address leads to the same replica of the hub");
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = self.shared.hubs.while_covered(hub, &replica) => {}
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), hub, "publish stream ended, trying again");
+                    if let Some(leadership) = self.shared.leadership.as_ref().filter(|_| is_replaced(&error)) {
+                        leadership.note_replaced();
+                    }
                 }
             }
             if !backoff.wait(stop).await {
@@ -404,30 +449,40 @@ impl Client {
         }
     }
 
-    async fn publish_once(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
+    /// Publishes until the stream ends. Returns the replica if another address leads to it.
+    async fn publish_once(
+        &self,
+        identity: &MemberIdentity,
+        hub: &str,
+        backoff: &mut Backoff,
+    ) -> anyhow::Result<Option<Bytes>> {
         let mut renewals = Renewals::of(identity);
-        let (mut outbox, mut answers, mut session) = within(self.open_publish(identity, hub)).await?;
+        let mut stream = within(self.open_publish(identity, hub)).await?;
         let mut published = self.shared.published.subscribe();
         let mut realisation = self.shared.realisation.subscribe();
         realisation.mark_changed();
         let mut beat = tokio::time::interval(HEARTBEAT);
         loop {
-            let requests = self.poll(&mut session);
+            let requests = self.poll(&mut stream.session);
             for request in requests {
-                outbox.send(codec::publish::encode_request(request)).await.context("publish")?;
+                stream.outbox.send(codec::publish::encode_request(request)).await.context("publish")?;
             }
             let message = tokio::select! {
-                answer = answers.message() => {
-                    let Some(answer) = answer.context("publish")? else { return Ok(()) };
+                answer = stream.answers.message() => {
+                    let Some(answer) = answer.context("publish")? else { return Ok(None) };
                     backoff.reset();
                     let Some(answer) = codec::publish::decode_response(answer) else { continue };
+                    if let PublishResponse::Replica { id, hub } = &answer {
+                        stream.reached.serves(id, *hub);
+                    }
                     let refused = matches!(answer, PublishResponse::Refusals(_));
-                    session.take(&mut lock(&self.shared.publisher), answer);
+                    stream.session.take(&mut lock(&self.shared.publisher), answer);
                     if refused {
-                        self.log_refusals(&session);
+                        self.log_refusals(&stream.session);
                     }
                     continue;
                 }
+                replica = stream.reached.covered() => return Ok(Some(replica)),
                 changed = published.changed() => { changed.context("publish")?; continue }
                 changed = realisation.changed() => {
                     changed.context("publish")?;
@@ -439,21 +494,17 @@ impl Client {
                 _ = beat.tick() => self.heartbeat(),
                 // After a renewal, a new connection replaces this one as soon as it is open.
                 opened = renewals.opened(hub, || self.open_publish(identity, hub)) => {
-                    (outbox, answers, session) = opened;
+                    stream = opened;
                     realisation.mark_changed();
                     continue;
                 }
             };
-            outbox.send(codec::publish::encode_request(message)).await.context("publish")?;
+            stream.outbox.send(codec::publish::encode_request(message)).await.context("publish")?;
         }
     }
 
-    /// Opens a Publish stream and waits for the first response.
-    async fn open_publish(
-        &self,
-        identity: &MemberIdentity,
-        hub: &str,
-    ) -> anyhow::Result<(mpsc::Sender<pb::PublishRequest>, Streaming<pb::PublishResponse>, PublishSession)> {
+    /// Opens a Publish stream and waits for the welcome.
+    async fn open_publish(&self, identity: &MemberIdentity, hub: &str) -> anyhow::Result<PublishStream> {
         let connection = identity.connect(hub).await?;
         let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
@@ -462,12 +513,24 @@ impl Client {
         let answers = client.publish(ReceiverStream::new(sending)).await;
         let mut answers = answers.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();
         let mut session = PublishSession::default();
-        let welcome =
-            answers.message().await.context("read the first response")?.context("the hub closed the stream")?;
-        if let Some(welcome) = codec::publish::decode_response(welcome) {
-            session.take(&mut lock(&self.shared.publisher), welcome);
+        let mut served_by = None;
+        loop {
+            let answer = answers.message().await.context("read the first response")?;
+            match codec::publish::decode_response(answer.context("the hub closed the stream")?) {
+                // It precedes the welcome.
+                Some(PublishResponse::Replica { id, hub }) => served_by = Some((id, hub)),
+                Some(welcome) => {
+                    session.take(&mut lock(&self.shared.publisher), welcome);
+                    break;
+                }
+                None => {}
+            }
         }
-        Ok((outbox, answers, session))
+        let reached = self.shared.hubs.reach(hub);
+        if let Some((replica, position)) = &served_by {
+            reached.serves(replica, *position);
+        }
+        Ok(PublishStream { outbox, answers, session, reached })
     }
 
     fn log_refusals(&self, session: &PublishSession) {
@@ -483,13 +546,29 @@ impl Client {
         logged.clone_from(session.refusals());
     }
 
-    async fn watch_for_ever(&self, identity: &MemberIdentity, hubs: &[String], stop: &CancellationToken) {
-        let mut backoff = Backoff::new(Duration::from_millis(100), MAX_RETRY_INTERVAL);
-        for hub in hubs.iter().cycle() {
+    async fn watch_for_ever(&self, identity: &MemberIdentity, stop: &CancellationToken) {
+        let mut choice = Choice::default();
+        let mut moving: Option<(String, Connection)> = None;
+        loop {
+            let (hub, connection) = match moving.take() {
+                Some((hub, connection)) => (hub, Some(connection)),
+                None => tokio::select! {
+                    () = stop.cancelled() => return,
+                    hub = self.next_hub(&mut choice) => (hub, None),
+                },
+            };
+            let watched = self.watch_once(identity, &hub, connection, &mut choice);
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
-                ended = self.watch_once(identity, hub, &mut backoff).instrument(tracing::info_span!("watch_stream", hub)) => ended,
+                ended = watched.instrument(tracing::info_span!("watch_stream", hub)) => ended,
             };
+            lock(&self.shared.watching).hub = None;
+            if let Ok(WatchEnd::Moves(to, connection)) = ended {
+                tracing::info!(from = hub, to, "watching another replica of the hub");
+                moving = Some((to, connection));
+                continue;
+            }
+            choice.failed(&hub, Instant::now());
             {
                 let mut receiver = lock(&self.shared.receiver);
                 receiver.disconnected();
@@ -497,7 +576,7 @@ impl Client {
                 receiver.set_rejected(ended.as_ref().err().and_then(rejected));
             }
             let error = match ended {
-                Ok(()) => "the hub closed the stream".to_owned(),
+                Ok(_) => "the hub closed the stream".to_owned(),
                 Err(error) => {
                     let error = clip(&format!("{error:#}"));
                     tracing::warn!(error, hub, "watch stream ended, trying again; the received state stays in use");
@@ -505,24 +584,53 @@ impl Client {
                 }
             };
             lock(&self.shared.watching).error = Some(error);
-            if !backoff.wait(stop).await {
-                return;
+        }
+    }
+
+    /// The replica to watch next, as soon as it may be tried.
+    async fn next_hub(&self, choice: &mut Choice) -> String {
+        let mut changes = self.shared.hubs.changes();
+        loop {
+            let view = Arc::clone(&changes.borrow_and_update());
+            match choice.next(&view, Instant::now()) {
+                Next::Hub(hub) => return hub,
+                Next::At(at) => tokio::select! {
+                    () = tokio::time::sleep_until(at) => {}
+                    // This client has the sender.
+                    _ = changes.changed() => {}
+                },
             }
         }
     }
 
-    async fn watch_once(&self, identity: &MemberIdentity, hub: &str, backoff: &mut Backoff) -> anyhow::Result<()> {
+    async fn watch_once(
+        &self,
+        identity: &MemberIdentity,
+        hub: &str,
+        connection: Option<Connection>,
+        choice: &mut Choice,
+    ) -> anyhow::Result<WatchEnd> {
         let mut renewals = Renewals::of(identity);
+        let mut moves = Moves::new(self, identity);
         let mut own = self.shared.own.subscribe();
-        let connection = within(connect(identity, hub)).await?;
+        let connection = match connection {
+            Some(connection) => connection,
+            None => within(connect(identity, hub)).await?,
+        };
         let (mut outbox, mut incoming) = within(self.open_watch(connection, &mut own)).await?;
+        let mut opened = Instant::now();
         loop {
             let answers = tokio::select! {
                 message = tokio::time::timeout(SILENCE, incoming.message()) => {
                     let message = message.context("the hub is silent")?.context("watch")?;
-                    let Some(message) = message else { return Ok(()) };
+                    let Some(message) = message else { return Ok(WatchEnd::Closed) };
                     let answers = self.receive(message)?;
-                    backoff.reset();
+                    if self.with_receiver(Receiver::is_served) {
+                        choice.serves(hub);
+                        lock(&self.shared.watching).hub.get_or_insert_with(|| hub.to_owned());
+                    } else if opened.elapsed() > SERVED_WITHIN && self.shared.hubs.all().len() > 1 {
+                        anyhow::bail!("the hub has older objects than this cluster");
+                    }
                     answers
                 }
                 changed = own.changed() => {
@@ -534,8 +642,10 @@ impl Client {
                 // Only the connection is opened in advance: the receiver supports one stream at a time.
                 connection = renewals.opened(hub, || connect(identity, hub)) => {
                     (outbox, incoming) = within(self.open_watch(connection, &mut own)).await?;
+                    opened = Instant::now();
                     continue;
                 }
+                (to, connection) = moves.opened(hub, choice) => return Ok(WatchEnd::Moves(to, connection)),
             };
             for answer in answers {
                 // Detects a hub that does not read.
@@ -607,6 +717,65 @@ impl Client {
             written = tokio::task::spawn_blocking(move || client.store_published()).await.unwrap_or(true);
         }
         self.store_published();
+    }
+}
+
+/// An open Publish stream.
+struct PublishStream {
+    outbox: mpsc::Sender<pb::PublishRequest>,
+    answers: Streaming<pb::PublishResponse>,
+    session: PublishSession,
+    reached: Reached,
+}
+
+/// Why a Watch stream ended.
+enum WatchEnd {
+    Closed,
+    /// The next stream is opened on this connection to another replica.
+    Moves(String, Connection),
+}
+
+/// Finds a better replica to watch, and connects to it while the present stream is served.
+struct Moves<'a> {
+    client: &'a Client,
+    identity: &'a MemberIdentity,
+    check: Instant,
+    opening: Option<(String, Opening<'a>)>,
+}
+
+type Opening<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Connection>> + Send + 'a>>;
+
+impl<'a> Moves<'a> {
+    fn new(client: &'a Client, identity: &'a MemberIdentity) -> Self {
+        Self { client, identity, check: Instant::now() + CHOOSE_EVERY, opening: None }
+    }
+
+    /// Waits until a better replica is connected. Cancel safe: a later call continues.
+    async fn opened(&mut self, watched: &str, choice: &mut Choice) -> (String, Connection) {
+        loop {
+            let Some((to, opening)) = &mut self.opening else {
+                tokio::time::sleep_until(self.check).await;
+                let now = Instant::now();
+                self.check = now + CHOOSE_EVERY;
+                let (received, _) = self.client.with_receiver(Receiver::positions);
+                if let Some(to) = choice.better(watched, received, &self.client.shared.hubs.view(), now) {
+                    let (identity, hub) = (self.identity, to.clone());
+                    let opening = async move { within(connect(identity, &hub)).await };
+                    self.opening = Some((to, Box::pin(opening)));
+                }
+                continue;
+            };
+            let (opened, to) = (opening.await, to.clone());
+            self.opening = None;
+            match opened {
+                Ok(connection) => return (to, connection),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::warn!(error, hub = to, "preferred replica of the hub not reached; the stream stays");
+                    choice.failed(&to, Instant::now());
+                }
+            }
+        }
     }
 }
 
@@ -717,6 +886,31 @@ mod tests {
 
     use super::*;
 
+    fn writes() -> Writes {
+        Writes::new(&Health::default())
+    }
+
+    fn hubs(data: &Path) -> Hubs {
+        Hubs::restore("train", data, &["hub:7443".to_owned()], writes())
+    }
+
+    #[test]
+    fn a_list_of_hubs_changes_addresses_only() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (client, _) = start(folder.path());
+        receive_empty_snapshot(&client, 1);
+        client.take_updates();
+        let changes = client.changes();
+        let counted = *changes.borrow();
+        let list = vec!["hub-0:7443".to_owned(), "hub-1:7443".to_owned()];
+        client.take(WatchResponse::Hubs(list)).expect("the protocol");
+        client.take(WatchResponse::Compared { equal: true }).expect("the protocol");
+        assert_eq!((*changes.borrow(), client.take_updates().is_none()), (counted, true));
+        assert_eq!((client.shared.hubs.all().len(), client.digests_equal()), (3, Some(true)));
+        // A message of a hub of another version.
+        assert!(client.receive(pb::WatchResponse { message: None }).expect("it is ignored").is_empty());
+    }
+
     /// Receives an empty snapshot of the hub at `revision`.
     fn receive_empty_snapshot(client: &Client, revision: u64) {
         let position = Position { epoch: 1, revision };
@@ -732,7 +926,7 @@ mod tests {
 
     /// Starts a member on these files. Returns its first revision in force; 0: none.
     fn start(data: &Path) -> (Client, u64) {
-        let client = Client::restore(data, Writes::new(&Health::default()));
+        let client = Client::restore(data, writes(), hubs(data));
         let begins_with = client.take_updates().map_or(Position::default(), |updates| updates.in_force);
         lock(&client.shared.receiver).open();
         (client, begins_with.revision)
@@ -858,7 +1052,7 @@ mod tests {
     #[test]
     fn publishes_nothing_that_is_not_on_disk() {
         let folder = tempfile::tempdir().expect("a folder");
-        let client = Client::restore(folder.path(), Writes::new(&Health::default()));
+        let client = Client::restore(folder.path(), writes(), hubs(folder.path()));
         let mut session = PublishSession::default();
         let welcome = PublishResponse::Welcome { published: None, heartbeat_ms: 0 };
         session.take(&mut lock(&client.shared.publisher), welcome);

@@ -65,13 +65,18 @@ impl Realisations for Service {
                 let granted = snapshot.clusters.get(name).map_or(0, |it| it.grant.limits.updates_per_second);
                 entry.refusals.push(format!("more than {granted} updates per second: taken later"));
             }
-            // The status of a cluster that is not connected states that already.
-            let not_reached = entry.connected.then(|| self.not_reached(&exchange, name)).flatten();
+            // The status of a cluster that is not connected states that already, but not that another replica is connected.
+            let connected = entry.connected;
+            let is_due = |why: &ExchangeProblem| connected || matches!(why, ExchangeProblem::NotPublishing(_));
+            let not_reached = self.not_reached(&exchange, name).filter(is_due);
             entry.problems.extend(not_reached.map(|why| Problem::new("", Reason::Exchange(why))));
             if let Some(report) = self.last_report(&exchange, name) {
                 entry.received_revision = report.received.as_ref().map_or(0, |at| at.revision);
                 (entry.agents, entry.agents_current) = (report.agents, report.agents_current);
-                entry.digests_equal = exchange.digests_equal(name);
+                // A cluster that watches another replica reports what that one has found.
+                let watches = lock(&self.shared.watching).contains_key(name);
+                let elsewhere = || report.digests_equal.filter(|_| !watches);
+                entry.digests_equal = exchange.digests_equal(name).or_else(elsewhere);
                 let unenforced = report.nodes.iter().map(|node| node.unenforced_total);
                 entry.unenforced = unenforced.fold(0, u32::saturating_add);
                 reports.push((name.clone(), report));
@@ -180,6 +185,9 @@ impl Service {
     fn not_reached(&self, exchange: &Exchange, cluster: &ClusterName) -> Option<ExchangeProblem> {
         if let Some(conflict) = self.shared.processes.conflict(cluster) {
             return Some(conflict);
+        }
+        if let Some(silent) = lock(&self.shared.unheard).get(cluster) {
+            return Some(ExchangeProblem::NotPublishing(*silent));
         }
         if let Some(ahead) = exchange.ahead_of_hub(cluster) {
             let hub = exchange.federation().position.revision;

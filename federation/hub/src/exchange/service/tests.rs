@@ -298,8 +298,13 @@ async fn publishing_streams_of_a_cluster_wait_for_the_time_that_it_used() {
         let from = SocketAddr::from(([127, 0, 0, 1], 1));
         tokio::spawn(service.clone().published(cluster, permit, from, requests, outbox));
         let began = tokio::time::Instant::now();
-        received.recv().await.expect("it is open").expect("a welcome");
-        began.elapsed()
+        // The name of the replica precedes the welcome.
+        loop {
+            let answer = received.recv().await.expect("it is open").expect("an answer").message;
+            if matches!(answer, Some(pb::publish_response::Message::Welcome(_))) {
+                return began.elapsed();
+            }
+        }
     };
     assert_eq!(welcomed("serve").await, Duration::ZERO);
     assert!(welcomed("train").await >= Duration::from_millis(39_900));
@@ -390,4 +395,28 @@ fn account_permits_one_third_of_the_time_and_a_burst() {
     account.charge(Duration::ZERO, at(1_030));
     assert_eq!(account.wait(at(1_030)), before);
     assert_eq!(account.wait(at(1_030) + before), Duration::ZERO);
+}
+
+/// As between two replicas: one that was started a moment ago waits for clusters, and one that does not hear a cluster for longer
+/// than a lease treats it as stale, although the lease in the store lasts.
+#[test]
+fn a_cluster_is_unheard_after_a_lease_without_a_message_here() {
+    let (lease, start) = (Duration::from_secs(30), tokio::time::Instant::now());
+    let at = |seconds| start + Duration::from_secs(seconds);
+    let (train, serve) = (ClusterName::from("train"), ClusterName::from("serve"));
+    let both = [train.clone(), serve.clone()];
+    let mut hearing = Hearing::default();
+    // `serve` is heard all the time, `train` never.
+    let heard = |name: &str| (name == "serve").then_some(Duration::from_secs(1));
+    assert!(hearing.unheard(both.iter(), heard, lease, at(0)).is_empty());
+    assert!(hearing.unheard(both.iter(), heard, lease, at(47)).is_empty());
+    let unheard = hearing.unheard(both.iter(), heard, lease, at(48));
+    assert_eq!(unheard, BTreeMap::from([(train.clone(), Duration::from_secs(48))]));
+    assert!(hearing.unheard(both.iter(), |_| Some(Duration::ZERO), lease, at(49)).is_empty(), "it is heard");
+    // The time since it was heard counts, once it was.
+    let gone = |name: &str| (name == "train").then_some(Duration::from_secs(60));
+    assert_eq!(hearing.unheard(both.iter(), gone, lease, at(109)).len(), 2);
+    // Its lease has ended, and another one begins.
+    assert!(hearing.unheard([serve].iter(), heard, lease, at(110)).is_empty());
+    assert!(hearing.unheard(both.iter(), heard, lease, at(111)).is_empty(), "a new lease gives it time");
 }

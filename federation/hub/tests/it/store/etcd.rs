@@ -4,15 +4,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use hanse_member::registration::MemberIdentity;
 use hanse_proto::federation::v1 as wire;
-use hanse_proto::federation::v1::exchange_client::ExchangeClient;
-use tokio_stream::wrappers::ReceiverStream;
-use wire::publish_request::Message;
 
 use super::{fails, path, policies, succeeds, text};
 use crate::etcd_nodes as nodes;
 use crate::process::{Process, administrator, free_ports, hub, initialise, start};
+use crate::replicas::registration::publish;
 use crate::support::{Admin, SOON, apply, join, policy};
 
 fn spawn(arguments: &[&str], ports: &[String; 2], log: &Path) -> Process {
@@ -301,33 +298,4 @@ async fn a_lease_that_ends_while_no_hub_runs_begins_again_with_the_next() {
     until(&mut admin, ["stale", "stale"]).await;
     let _live = publish(&members[0], &hub.listen).await;
     until(&mut admin, ["live", "stale"]).await;
-}
-
-/// A member that publishes an empty cluster, and heartbeats until it is dropped.
-async fn publish(member: &MemberIdentity, address: &str) -> tokio::task::JoinHandle<tonic::Status> {
-    let connection = member.hub_client().unwrap().connect(address).await.unwrap();
-    let (outbox, sending) = tokio::sync::mpsc::channel(8);
-    let mut client = ExchangeClient::new(connection.channel);
-    let answers = client.publish(ReceiverStream::new(sending));
-    let open = wire::PublishOpen { protocol: 1, epoch: 1, instance: vec![1; 16].into() };
-    let snapshot = Some(wire::begin::Kind::Snapshot(wire::Snapshot {}));
-    let begin = wire::Begin { origin: String::new(), kind: snapshot, needs_interest: 0 };
-    let position = Some(wire::Position { epoch: 1, revision: 1 });
-    let end = wire::End { position, digest: Default::default(), view: 0 };
-    for message in [Message::Open(open), Message::Begin(begin), Message::End(end)] {
-        outbox.send(wire::PublishRequest { message: Some(message) }).await.unwrap();
-    }
-    let mut answers = answers.await.unwrap().into_inner();
-    tokio::spawn(async move {
-        loop {
-            let beat = Message::Heartbeat(wire::Heartbeat::default());
-            let sent = outbox.send(wire::PublishRequest { message: Some(beat) }).await;
-            match tokio::time::timeout(Duration::from_millis(500), answers.message()).await {
-                Ok(Err(status)) => return status,
-                Ok(Ok(None)) => return tonic::Status::ok("it ended"),
-                Ok(Ok(Some(_))) if sent.is_ok() => tokio::time::sleep(Duration::from_millis(500)).await,
-                _ => {}
-            }
-        }
-    })
 }

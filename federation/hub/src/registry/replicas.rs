@@ -1,0 +1,162 @@
+//! The replicas of the hub that are running: each announces its addresses with a lease of the store, so that its record is gone soon
+//! after its process.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use hanse_exchange::hubs::{MAX_ANNOUNCED, read_list};
+use hanse_store::{LeaseId, StoreError, Transaction};
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::{ChangeError, Registry, Snapshot, key, records};
+
+/// How long the record of a replica stays after its process was killed; on etcd, up to a sixth longer.
+const ANNOUNCED_FOR: Duration = Duration::from_secs(15);
+/// Three attempts within that time.
+const RENEW_EVERY: Duration = Duration::from_secs(5);
+/// How long the end of an announcement may take at shutdown.
+const END_WITHIN: Duration = Duration::from_secs(2);
+
+/// `hub/<replica>`
+#[derive(Debug, Serialize, Deserialize)]
+struct ReplicaRecord {
+    /// HOST:PORT.
+    addresses: Vec<String>,
+}
+
+/// The addresses in a record, as far as this version can read them.
+pub(super) fn read(replica: &str, record: &Bytes) -> Arc<BTreeSet<String>> {
+    let record: ReplicaRecord = match records::decode(record) {
+        Ok(record) => record,
+        Err(error) => {
+            warn!(replica, %error, "record of a replica of the hub not readable: its addresses are not sent to members");
+            return Arc::default();
+        }
+    };
+    let (addresses, refused) = read_list(&record.addresses);
+    if refused > 0 {
+        warn!(replica, refused, "addresses of a replica of the hub not readable: they are not sent to members");
+    }
+    Arc::new(addresses.into_iter().take(MAX_ANNOUNCED).collect())
+}
+
+impl Snapshot {
+    /// The addresses of all replicas that are running, in order, at most [`hanse_exchange::hubs::MAX_HUBS`].
+    pub fn hub_addresses(&self) -> BTreeSet<String> {
+        let all: BTreeSet<&str> = self.replicas.values().flat_map(|it| it.iter().map(String::as_str)).collect();
+        read_list(&all.into_iter().collect::<Vec<_>>()).0
+    }
+}
+
+impl Registry {
+    /// Announces the addresses of this process until `stop`, under a name that no other process has.
+    pub async fn announce(self, replica: Arc<str>, addresses: BTreeSet<String>, stop: CancellationToken) {
+        let mut lease: Option<LeaseId> = None;
+        while !stop.is_cancelled() {
+            match self.begin_or_renew_announcement(lease, &replica, &addresses).await {
+                Ok(current) => lease = Some(current),
+                // The probe of the store logs that it is unavailable.
+                Err(error) if self.unavailable_for().is_none() => {
+                    warn!(%error, "addresses of this hub not announced to members; trying again");
+                }
+                Err(_) => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => break,
+                () = tokio::time::sleep(if lease.is_some() { RENEW_EVERY } else { RENEW_EVERY / 5 }) => {}
+            }
+        }
+        if let Some(lease) = lease {
+            // Otherwise it ends by itself.
+            let _ = tokio::time::timeout(END_WITHIN, self.shared.store.end_lease(lease)).await;
+        }
+    }
+
+    async fn begin_or_renew_announcement(
+        &self,
+        lease: Option<LeaseId>,
+        replica: &str,
+        addresses: &BTreeSet<String>,
+    ) -> Result<LeaseId, ChangeError> {
+        if let Some(lease) = lease {
+            match self.shared.store.renew_lease(lease).await {
+                // It ended while the store did not answer.
+                Err(StoreError::NoLease(_)) => {}
+                outcome => return self.checked(outcome).map(|()| lease),
+            }
+        }
+        let lease = self.checked(self.shared.store.grant_lease(ANNOUNCED_FOR).await)?;
+        let record = ReplicaRecord { addresses: addresses.iter().cloned().collect() };
+        let put = Transaction::default().put_with_lease(key(&["hub", replica])?, records::encode(&record), lease);
+        self.checked(self.shared.store.commit(put).await)?;
+        info!(?addresses, "addresses of this hub announced to members");
+        Ok(lease)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hanse_store::in_memory;
+
+    use super::super::Clock;
+    use super::*;
+    use hanse_runtime::shutdown::Shutdown;
+
+    fn addresses(of: &[&str]) -> BTreeSet<String> {
+        of.iter().map(|it| (*it).to_owned()).collect()
+    }
+
+    #[tokio::test]
+    async fn announced_addresses_are_in_the_view_until_the_process_stops() {
+        let registry =
+            Registry::open(in_memory(), Duration::from_secs(30), Clock::default(), &Shutdown::default()).await.unwrap();
+        let mut view = registry.subscribe();
+        let (one, two) = (CancellationToken::new(), CancellationToken::new());
+        let tasks = [("a", "hub-0:1", &one), ("b", "hub-1:1", &two)].map(|(name, address, stop)| {
+            tokio::spawn(registry.clone().announce(name.into(), addresses(&[address]), stop.clone()))
+        });
+        view.wait_for(|it| it.hub_addresses() == addresses(&["hub-0:1", "hub-1:1"])).await.unwrap();
+        one.cancel();
+        view.wait_for(|it| it.hub_addresses() == addresses(&["hub-1:1"])).await.unwrap();
+        two.cancel();
+        view.wait_for(|it| it.hub_addresses().is_empty()).await.unwrap();
+        for task in tasks {
+            task.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn an_announcement_that_has_ended_is_made_again() {
+        let store = in_memory();
+        let registry = Registry::open(store.clone(), Duration::from_secs(30), Clock::default(), &Shutdown::default())
+            .await
+            .unwrap();
+        let wanted = addresses(&["hub-0:1"]);
+        let lease = registry.begin_or_renew_announcement(None, "a", &wanted).await.unwrap();
+        assert_eq!(registry.begin_or_renew_announcement(Some(lease), "a", &wanted).await.unwrap(), lease);
+        store.end_lease(lease).await.unwrap();
+        let next = registry.begin_or_renew_announcement(Some(lease), "a", &wanted).await.unwrap();
+        assert_ne!(next, lease);
+        registry.subscribe().wait_for(|it| it.hub_addresses() == wanted).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn records_of_replicas_are_limited_and_unreadable_ones_have_no_addresses() {
+        let registry =
+            Registry::open(in_memory(), Duration::from_secs(30), Clock::default(), &Shutdown::default()).await.unwrap();
+        let put = async |name: &str, value: String| {
+            let put = Transaction::default().put(key(&["hub", name]).unwrap(), value);
+            registry.shared.store.commit(put).await.unwrap();
+        };
+        put("x", "no JSON".to_owned()).await;
+        let many: Vec<String> = (0..9).map(|number| format!("many-{number}:1")).collect();
+        put("y", serde_json::json!({ "addresses": many }).to_string()).await;
+        put("z", r#"{"addresses": ["good:1", "not an address", "user@host:2"], "later": true}"#.to_owned()).await;
+        let expected = addresses(&["good:1", "many-0:1", "many-1:1", "many-2:1", "many-3:1"]);
+        registry.subscribe().wait_for(|it| it.hub_addresses() == expected).await.unwrap();
+    }
+}
