@@ -91,6 +91,23 @@ allowPrivilegeEscalation: false
 capabilities: {drop: [ALL]}
 {{- end -}}
 
+{{/* The store of the hub, where it is not the embedded one. */}}
+{{- define "hanse.hubStore" -}}
+{{- if .Values.hub.etcd.url }}
+- {{ printf "--store=%s" .Values.hub.etcd.url | quote }}
+- --key-file=/etc/hanse/unlock/{{ .Values.hub.keySecret.key }}
+{{- end }}
+{{- end -}}
+
+{{- define "hanse.hubStoreMounts" -}}
+{{- if .Values.hub.etcd.url }}
+- {name: unlock, mountPath: /etc/hanse/unlock, readOnly: true}
+{{- if .Values.hub.etcd.secretName }}
+- {name: etcd, mountPath: /etc/hanse/etcd, readOnly: true}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{- define "hanse.metricsArguments" -}}
 {{- if .root.Values.metrics.enabled }}
 - --metrics-listen={{ .host }}:{{ .port }}

@@ -142,12 +142,16 @@ pub(crate) fn value_sets() -> BTreeMap<&'static str, Value> {
         all = set(all, path, value);
     }
     let cleanup = set(complete(), "agent.cleanup", json!(true));
+    let etcd = set(set(hub.clone(), "hub.replicas", json!(3)), "hub.keySecret", json!({"name": "hanse-unlock"}));
+    let url = "etcds://etcd-0.etcd:2379,etcd-1.etcd:2379/hanse?ca=/etc/hanse/etcd/ca.crt";
+    let etcd = set(etcd, "hub.etcd", json!({"url": url, "secretName": "hanse-etcd"}));
     let sets = [
         ("complete", complete()),
         ("remote hub", remote),
         ("hub only", hub),
         ("all options", all),
         ("cleanup", cleanup),
+        ("etcd", etcd),
     ];
     BTreeMap::from(sets)
 }
@@ -213,7 +217,11 @@ fn wrong_values_are_refused_by_name() {
         ("hub.image.digest", json!("latest"), "/hub/image/digest"),
         ("member.image.digest", json!(""), "/member/image/digest"),
         ("agent.image.digest", json!(""), "/agent/image/digest"),
-        ("hub.replicas", json!(3), "'replicas'"),
+        ("hub.replicas", json!(3), "hub.etcd.url"),
+        ("hub.replicas", json!(0), "/hub/replicas"),
+        ("hub.etcd.url", json!("file:/data/hub.redb"), "/hub/etcd/url"),
+        ("hub.etcd.url", json!("etcd://etcd:2379"), "hub.keySecret.name"),
+        ("hub.advertise", json!("hub.example"), "/hub/advertise"),
         ("hub.leaseSeconds", json!(1), "/hub/leaseSeconds"),
         ("hub.resources.limits.memory", json!("much"), "/hub/resources/limits/memory"),
         ("hub.persistence.whenDeleted", json!("Maybe"), "/hub/persistence/whenDeleted"),
@@ -435,6 +443,44 @@ fn check_listeners(at: &str, container: &Value) {
         let expected = if host == "127.0.0.1" { json!(host) } else { Value::Null };
         assert_eq!(get["host"], expected, "{at}: {probe} reaches the listener");
     }
+}
+
+/// Each replica announces an address of its own, at which a Service serves it alone; all have the same store and key.
+#[test]
+fn replicas_of_the_hub_announce_addresses_of_their_own() {
+    let objects = rendered(&value_sets()["etcd"]);
+    let set = objects.iter().find(|it| it["kind"] == "StatefulSet").expect("the hub");
+    assert_eq!(set["spec"]["replicas"], json!(3));
+    let pod = &set["spec"]["template"]["spec"];
+    let arguments =
+        |container: &Value| list(container, "args").filter_map(Value::as_str).map(str::to_owned).collect::<Vec<_>>();
+    let (init, run) = (arguments(&pod["initContainers"][0]), arguments(&pod["containers"][0]));
+    for expected in ["--key-file=/etc/hanse/unlock/unlock.key", "--data=/data/hub"] {
+        assert!(
+            init.iter().any(|it| it == expected) && run.iter().any(|it| it == expected),
+            "{expected}: {init:?} {run:?}"
+        );
+    }
+    let store = |of: &[String]| of.iter().find(|it| it.starts_with("--store=etcds://")).cloned();
+    assert!(store(&init).is_some() && store(&init) == store(&run), "{init:?} {run:?}");
+    assert!(init.iter().any(|it| it == "--if-missing"), "{init:?}");
+    let announced = run.iter().find_map(|it| it.strip_prefix("--advertise=")).expect("an address");
+    for number in 0..3 {
+        let name = format!("hanse-hub-{number}");
+        let address = announced.replace("$(POD_NAME)", &name);
+        assert_eq!(address, format!("{name}.{NAMESPACE}.svc:7443"));
+        let service = objects.iter().find(|it| it["kind"] == "Service" && it["metadata"]["name"] == name).expect(&name);
+        assert_eq!(service["spec"]["selector"]["statefulset.kubernetes.io/pod-name"], json!(name));
+    }
+    for volume in list(pod, "volumes") {
+        assert_eq!(volume["secret"]["defaultMode"], json!(0o440), "no other user reads it: {volume}");
+    }
+    let spread: Vec<&str> =
+        list(pod, "topologySpreadConstraints").filter_map(|it| it["topologyKey"].as_str()).collect();
+    assert_eq!(spread, ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]);
+    // One replica with the embedded store has none of this.
+    let objects = rendered(&value_sets()["hub only"]);
+    assert_eq!(objects.iter().filter(|it| it["kind"] == "Service").count(), 1);
 }
 
 /// Kind, namespace and name of every object of the server that does not come and go by itself.
