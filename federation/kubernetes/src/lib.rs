@@ -3,8 +3,8 @@
 //! A crate of its own, so that only the programs that need it depend on the client.
 
 pub mod change;
-pub mod metrics;
 pub mod election;
+pub mod metrics;
 
 use std::path::PathBuf;
 use std::time::Duration;
