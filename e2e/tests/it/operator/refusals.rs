@@ -118,16 +118,14 @@ fn status_that_is_not_answered_delays_no_change() {
             let object: serde_json::Value = serde_json::from_str(&object).expect("JSON");
             object["status"]["observedGeneration"] == object["metadata"]["generation"]
         };
-        let mut connections = Vec::new();
+        let connections = std::cell::RefCell::new(Vec::new());
         for number in 1.. {
             change("slow", number);
-            let called = || match server.accept() {
-                Ok((connection, _)) => Some(connections.push(connection)),
-                Err(_) => None,
+            let called = || {
+                let accepted = server.accept().map(|(connection, _)| connections.borrow_mut().push(connection));
+                accepted.is_ok()
             };
-            let called = std::cell::RefCell::new(called);
-            world.until("the API server asks", || (called.borrow_mut())().is_some()).await;
-            drop(called);
+            world.until("the API server asks", called).await;
             let failures =
                 || world.hub_log().matches("not written").count() + world.hub_log().matches("not reconciled").count();
             let before = failures();

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use hanse_kubernetes::answered;
-use k8s_openapi::api::core::v1::{Namespace, Secret};
-use kube::api::{DeleteParams, Patch, PatchParams};
+use k8s_openapi::api::core::v1::{Namespace, Node, Secret, Taint};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -146,7 +146,7 @@ impl Join {
             };
             output::note(format_args!("the cluster observes ({why}): what policy denies is logged, and passes"));
         }
-        let values = json!({
+        let mut values = json!({
             "image": {"registry": settings.registry},
             "member": {
                 "enabled": true, "image": {"digest": self.member_digest}, "cluster": name, "enforcement": enforcement,
@@ -154,6 +154,11 @@ impl Join {
             },
             "agent": {"enabled": true, "image": {"digest": self.agent_digest}},
         });
+        // Two members use the same ports of their nodes. An upgrade changes nothing.
+        if !is_upgrade && nodes(&client).await? < 2 {
+            output::note("the cluster has one node: one member runs, and no other can take its place");
+            values["member"]["replicas"] = json!(1);
+        }
         if settings.dry_run {
             return output::exit(output::line(helm.install(&values, settings).await?), false);
         }
@@ -394,6 +399,21 @@ pub fn ignore_missing(error: kube::Error) -> anyhow::Result<()> {
         kube::Error::Api(status) if status.code == 404 => Ok(()),
         error => Err(anyhow::anyhow!(hanse_kubernetes::message(error))),
     }
+}
+
+/// The nodes on which a member can run.
+async fn nodes(client: &Client) -> anyhow::Result<usize> {
+    let api: Api<Node> = Api::all(client.clone());
+    let parameters = ListParams::default().labels("kubernetes.io/os=linux");
+    let nodes = answered(api.list(&parameters)).await.context("list nodes")?;
+    let keeps_out = |taint: &Taint| {
+        matches!(&*taint.effect, "NoSchedule" | "NoExecute") && taint.key != "hanse.dev/agent-not-ready"
+    };
+    let runs_pods = |node: &Node| {
+        let spec = node.spec.as_ref();
+        !spec.is_some_and(|it| it.unschedulable == Some(true) || it.taints.iter().flatten().any(keeps_out))
+    };
+    Ok(nodes.items.iter().filter(|it| runs_pods(it)).count())
 }
 
 /// Identifies a cluster, whatever its addresses are.
