@@ -275,7 +275,7 @@ fn written_object(file: &str, node: Node<'_>) -> Option<Written> {
 struct Outcome {
     kind: &'static str,
     name: String,
-    /// `created`, `configured`, `unchanged`, `deleted`, `absent` or `failed`.
+    /// `created`, `configured`, `unchanged`, `pending`, `deleted`, `absent` or `failed`.
     result: &'static str,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     dry_run: bool,
@@ -427,7 +427,7 @@ async fn follow<A>(
 /// `3000 applied: 2990 created, 8 configured, 2 unchanged`.
 fn summary_of(verb: &str, outcomes: &[Outcome]) -> String {
     let mut counts: Vec<(&str, usize)> = Vec::new();
-    for result in ["created", "configured", "unchanged", "deleted", "absent", "failed"] {
+    for result in ["created", "configured", "unchanged", "pending", "deleted", "absent", "failed"] {
         let count = outcomes.iter().filter(|outcome| outcome.result == result).count();
         if count > 0 {
             counts.push((result, count));
@@ -471,6 +471,7 @@ impl Apply {
                             pb::Applied::Created => "created",
                             pb::Applied::Configured => "configured",
                             pb::Applied::Unchanged | pb::Applied::Unspecified => "unchanged",
+                            pb::Applied::Pending => "pending",
                         },
                         dry_run,
                         revision: Some(done.revision),
@@ -729,6 +730,7 @@ impl Delete {
                 use pb::delete_result::Result as Wire;
                 let outcome = |(result, object): (pb::DeleteResult, Awaited)| {
                     let (result, revision, warnings) = match result.result {
+                        Some(Wire::Deleted(done)) if done.pending => ("pending", Some(done.revision), done.warnings),
                         Some(Wire::Deleted(done)) => ("deleted", Some(done.revision), done.warnings),
                         Some(Wire::Refused(refusal))
                             if self.ignore_not_found && refusal.code == tonic::Code::NotFound as u32 =>

@@ -1,6 +1,7 @@
 //! The `hanse` command as people and programs use it.
 
 mod answers;
+mod approve;
 mod calico_oracle;
 mod corpus;
 mod findings;

@@ -128,7 +128,7 @@ impl Administration {
             Ok((propose(snapshot, &sent.who, id, &subject)?, done))
         };
         let (revision, done) = self.registry.change(&audit, decide).await?;
-        Ok(done.at(revision).with_warning(why))
+        Ok(done.at(revision).waiting(why))
     }
 
     /// The change of an object that waits.

@@ -143,11 +143,18 @@ impl Batch for wire::DeleteManyRequest {
 }
 
 impl Done {
-    /// Adds what the author of the change should know.
-    pub(super) fn with_warning(mut self, warning: String) -> Self {
-        let (Self::Applied(wire::ApplyResponse { warnings, .. })
-        | Self::Deleted(wire::DeleteResponse { warnings, .. })) = &mut self;
-        warnings.push(warning);
+    /// The same change, which waits, with the reason as a warning for its author.
+    pub(super) fn waiting(mut self, why: String) -> Self {
+        match &mut self {
+            Self::Applied(applied) => {
+                applied.applied = wire::Applied::Pending.into();
+                applied.warnings.push(why);
+            }
+            Self::Deleted(deleted) => {
+                deleted.pending = true;
+                deleted.warnings.push(why);
+            }
+        }
         self
     }
 
@@ -251,7 +258,7 @@ impl Administration {
                 let denied = self.registry.change::<()>(&sent.action, |_| Err(ChangeError::Denied(text.clone())));
                 return Err(denied.await.err().unwrap_or(ChangeError::Denied(text)));
             }
-            Err(ChangeError::Pending(why)) => return Ok(sent.decide_alone(draft)?.1.with_warning(why)),
+            Err(ChangeError::Pending(why)) => return Ok(sent.decide_alone(draft)?.1.waiting(why)),
             decided => decided?,
         };
         let now = self.registry.snapshot().revision;
@@ -503,7 +510,7 @@ fn decide_delete(snapshot: &Snapshot, who: &Identity, id: &ObjectId) -> Result<(
         && snapshot.clusters.get(&*id.name).is_some_and(|cluster| cluster.state == ClusterState::Accepted);
     let ungranted = || format!("cluster {} has joined: without a grant, none of its endpoints is distributed", id.name);
     let warnings = has_joined.then(ungranted).into_iter().collect();
-    let done = Done::Deleted(wire::DeleteResponse { revision: 0, warnings });
+    let done = Done::Deleted(wire::DeleteResponse { warnings, ..wire::DeleteResponse::default() });
     Ok((Transaction::default().delete(object_key(id)?), done))
 }
 

@@ -28,7 +28,9 @@ fn tiers(names: &[&str]) -> Vec<String> {
 /// Applies a manifest; returns whether it waits.
 async fn waits(user: &mut Admin, manifest: Vec<u8>) -> bool {
     let applied = user.apply(apply(manifest)).await.unwrap().into_inner();
-    applied.warnings.iter().any(|it| it.contains("waits for an approval") && it.contains("hanse policy approve"))
+    let is_pending = applied.applied() == wire::Applied::Pending;
+    assert_eq!(is_pending, applied.warnings.iter().any(|it| it.contains("hanse policy approve")), "{applied:?}");
+    is_pending
 }
 
 async fn manifest(user: &mut Admin, kind: wire::ObjectKind, name: &str) -> Option<serde_json::Value> {
@@ -112,7 +114,7 @@ async fn another_user_with_the_role_approves_a_change() {
 
     // A move out of the tier, and a dry run of one.
     let dry = ada.dry_run(apply(ordered("open", 4))).await.unwrap().into_inner();
-    assert!(dry.warnings.iter().any(|it| it.contains("waits for an approval")), "{dry:?}");
+    assert_eq!(dry.applied(), wire::Applied::Pending, "{dry:?}");
     assert_eq!(pending(&mut bob, POLICY, "web").await, Err(Code::NotFound));
     assert!(waits(&mut ada, ordered("open", 4)).await);
     let moved = pending(&mut bob, POLICY, "web").await.unwrap();
@@ -126,7 +128,7 @@ async fn another_user_with_the_role_approves_a_change() {
     // A deletion.
     let request = wire::DeleteRequest { kind: POLICY.into(), name: "web".to_owned() };
     let deleted = ada.delete(request.clone()).await.unwrap().into_inner();
-    assert!(deleted.warnings.iter().any(|it| it.contains("waits for an approval")), "{deleted:?}");
+    assert!(deleted.pending && deleted.warnings.iter().any(|it| it.contains("hanse policy approve")), "{deleted:?}");
     assert_eq!((in_force(&mut ada).await, stage(&mut ada).await), (Some(6), Some((6, "Delete".to_owned()))));
     let deletion = pending(&mut bob, POLICY, "web").await.unwrap();
     assert!(deletion.deletion && deletion.after.is_empty() && deletion.before == ordered("strict", 6));
