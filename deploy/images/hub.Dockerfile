@@ -6,7 +6,9 @@ ARG RUNTIME=gcr.io/distroless/cc-debian13
 FROM ${BUILD} AS build
 WORKDIR /src
 COPY . .
-RUN cargo build --locked --release --bins -p hanse-hub -p hanse
+# The client of etcd is generated with protoc.
+RUN apt-get update && apt-get install --yes --no-install-recommends protobuf-compiler
+RUN cargo build --locked --release --bins --features hanse-hub/etcd -p hanse-hub -p hanse
 
 FROM ${RUNTIME}
 # `hanse` is there for `kubectl exec`: the image has no shell.

@@ -473,7 +473,8 @@ fn replicas_of_the_hub_announce_addresses_of_their_own() {
         assert_eq!(service["spec"]["selector"]["statefulset.kubernetes.io/pod-name"], json!(name));
     }
     for volume in list(pod, "volumes") {
-        assert_eq!(volume["secret"]["defaultMode"], json!(0o440), "no other user reads it: {volume}");
+        // YAML 1.2 reads the octal number of YAML 1.1 as a text.
+        assert_eq!(volume["secret"]["defaultMode"], json!("0440"), "no other user reads it: {volume}");
     }
     let spread: Vec<&str> =
         list(pod, "topologySpreadConstraints").filter_map(|it| it["topologyKey"].as_str()).collect();

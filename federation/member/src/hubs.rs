@@ -13,9 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hanse_exchange::hubs::{read_list, weight};
+use hanse_exchange::hubs::read_list;
 use hanse_exchange::model::Position;
-use hanse_identity::token;
 use hanse_runtime::files::write_atomic;
 use hanse_runtime::health::Writes;
 use hanse_runtime::shutdown::Shutdown;
@@ -24,8 +23,11 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 mod choice;
+mod view;
 
 pub use choice::{Choice, Next};
+pub use view::View;
+use view::{ReachedHub, random_fraction};
 
 /// The file of the announced addresses.
 const FILE: &str = "hubs.json";
@@ -50,27 +52,6 @@ struct Shared {
     next: AtomicU64,
 }
 
-/// The addresses, and what is known about each.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct View {
-    /// Sent by the hub.
-    announced: BTreeSet<String>,
-    /// All addresses, the preferred one first.
-    ranked: Vec<String>,
-    /// Those with an open Publish stream.
-    reached: BTreeMap<String, ReachedHub>,
-}
-
-/// A replica to which the member publishes.
-#[derive(Debug, Clone, PartialEq)]
-struct ReachedHub {
-    /// Distinguishes streams to one address.
-    stream: u64,
-    /// Empty: of a hub that does not send it.
-    replica: Bytes,
-    hub: Option<Position>,
-}
-
 #[derive(Debug, Serialize, Deserialize)]
 struct Stored {
     addresses: Vec<String>,
@@ -82,24 +63,6 @@ pub enum Targets {
     All,
     /// Those to which the member publishes: one address of each replica.
     Reached,
-}
-
-impl View {
-    /// Whether another address leads to the same replica, and is used instead: announced addresses before others, then by name.
-    fn is_covered(&self, address: &str, replica: &Bytes) -> bool {
-        let order = |address: &str| (!self.announced.contains(address), address.to_owned());
-        !replica.is_empty()
-            && self
-                .reached
-                .iter()
-                .any(|(other, it)| other != address && it.replica == *replica && order(other) < order(address))
-    }
-
-    fn rank(&mut self, cluster: &str, configured: &BTreeSet<String>) {
-        let all: BTreeSet<&String> = configured.iter().chain(&self.announced).collect();
-        self.ranked = all.into_iter().cloned().collect();
-        self.ranked.sort_by_key(|address| std::cmp::Reverse(weight(cluster, address)));
-    }
 }
 
 impl Hubs {
@@ -251,13 +214,6 @@ fn follow(
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // The map is consistent after every call, also if another thread has panicked.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Between 0 and 1.
-fn random_fraction() -> f64 {
-    // Without randomness TLS fails as well.
-    let number = token::random::<4>().map_or(0, u32::from_le_bytes);
-    f64::from(number) / f64::from(u32::MAX)
 }
 
 /// An open Publish stream.

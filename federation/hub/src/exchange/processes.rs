@@ -1,7 +1,7 @@
 //! Which process publishes for a cluster: the first one, if a copy of its member's folder runs as well.
 //!
-//! Each replica of the hub decides by what it has seen. A replica that has just started has seen nothing: the store tells it which
-//! process the others serve, so that all of them serve the same one.
+//! Each replica of the hub decides by what it has seen. A replica that has just started has seen nothing: the store names the
+//! process that the others serve, so that all of them serve the same one.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};

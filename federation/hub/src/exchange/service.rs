@@ -66,7 +66,7 @@ const OWN_EVERY: Duration = Duration::from_millis(100);
 const ACKNOWLEDGE_TIME: Duration = Duration::from_secs(600);
 /// A lease lasts for seconds: one renewal in this time is enough.
 const RENEW_EVERY: Duration = Duration::from_secs(1);
-/// How often a replica tells a publishing member its position, if that has changed.
+/// How often a publishing member is sent the position of this replica, if that has changed.
 const POSITION_EVERY: Duration = HEARTBEAT;
 /// How often the digests of a watching member are compared for the other replicas: for 1,000 members this takes some 2 % of the
 /// exchange's time.
@@ -214,11 +214,11 @@ impl Service {
         for (cluster, silent) in unheard.iter().filter(|(cluster, _)| !noted.contains_key(*cluster)) {
             tracing::warn!(
                 %cluster, seconds = silent.as_secs(),
-                "cluster not heard by this replica, although another one is: its data counts as old here"
+                "nothing received from a cluster for longer than a lease, although another replica is connected: its data counts as old here"
             );
         }
         for cluster in noted.keys().filter(|cluster| !unheard.contains_key(*cluster)) {
-            tracing::info!(%cluster, "cluster is heard by this replica again, or has no lease");
+            tracing::info!(%cluster, "cluster sends to this replica again, or has no lease");
         }
         *noted = unheard;
     }
@@ -342,12 +342,12 @@ impl Service {
         let mut served: Option<ServedProcess> = None;
         let taken_over = || Status::aborted("another process publishes with this cluster's key");
         let mut position = self.shared.position.subscribe();
-        let mut tell_position = tokio::time::interval(POSITION_EVERY);
+        let mut send_position = tokio::time::interval(POSITION_EVERY);
         loop {
             let next = tokio::select! {
                 biased;
                 () = replaced(served.as_ref()) => return Err(taken_over()),
-                _ = tell_position.tick(), if served.is_some() => {
+                _ = send_position.tick(), if served.is_some() => {
                     if position.has_changed().unwrap_or(false)
                         && let Ok(room) = outbox.try_reserve()
                     {

@@ -1,35 +1,12 @@
 //! Which process publishes for a cluster: all replicas of the hub prefer the same one, if copies of a member's folder run.
 //!
-//! The record has the lease of its cluster. It decides nothing by itself: it tells a replica that has just started which process the
-//! others have served before.
+//! The record has the lease of its cluster. It decides nothing by itself: it names the process that other
+//! replicas have served, for one that has just started.
 
-use std::sync::Arc;
-
-use hanse_store::{Compare, Revision, Transaction};
+use hanse_store::{Compare, Transaction};
 use tracing::debug;
 
-use super::{ChangeError, Registry, Snapshot, key};
-
-/// `instance/<cluster>`
-#[derive(Debug, Clone)]
-pub(crate) struct InstanceRecord {
-    /// The number of the process, in hexadecimal.
-    number: Arc<str>,
-    revision: Revision,
-}
-
-impl InstanceRecord {
-    pub(super) fn new(value: &[u8], revision: Revision) -> Self {
-        Self { number: String::from_utf8_lossy(value).into(), revision }
-    }
-}
-
-impl Snapshot {
-    /// The number of the process that publishes for a cluster, in hexadecimal.
-    pub fn instance_of(&self, cluster: &str) -> Option<Arc<str>> {
-        self.instances.get(cluster).map(|it| Arc::clone(&it.number))
-    }
-}
+use super::{ChangeError, Registry, key};
 
 impl Registry {
     /// Records the process that publishes for a cluster, unless the record has changed or the cluster has no lease.

@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
+use hanse_exchange::hubs::{MAX_ANNOUNCED, read_list};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use tracing::warn;
 
 use crate::roles::Role;
 
@@ -41,6 +43,31 @@ pub struct CustomResource {
 pub struct Settings {
     #[serde(default)]
     pub lease_seconds: Option<u64>,
+}
+
+/// `hub/<replica>`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaRecord {
+    /// HOST:PORT.
+    pub addresses: Vec<String>,
+}
+
+impl ReplicaRecord {
+    /// The addresses in a record, as far as this version can read them.
+    pub(super) fn read(replica: &str, bytes: &Bytes) -> BTreeSet<String> {
+        let record: Self = match decode(bytes) {
+            Ok(record) => record,
+            Err(error) => {
+                warn!(replica, %error, "record of a replica of the hub not readable: its addresses are not sent to members");
+                return BTreeSet::new();
+            }
+        };
+        let (addresses, refused) = read_list(&record.addresses);
+        if refused > 0 {
+            warn!(replica, refused, "addresses of a replica of the hub not readable: they are not sent to members");
+        }
+        addresses.into_iter().take(MAX_ANNOUNCED).collect()
+    }
 }
 
 /// `member/<cluster>`

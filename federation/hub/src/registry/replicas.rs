@@ -5,14 +5,12 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use hanse_exchange::hubs::{MAX_ANNOUNCED, read_list};
 use hanse_store::{LeaseId, StoreError, Transaction};
-use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{ChangeError, Registry, Snapshot, key, records};
+use super::records::ReplicaRecord;
+use super::{ChangeError, Registry, key, records};
 
 /// How long the record of a replica stays after its process was killed; on etcd, up to a sixth longer.
 const ANNOUNCED_FOR: Duration = Duration::from_secs(15);
@@ -20,37 +18,6 @@ const ANNOUNCED_FOR: Duration = Duration::from_secs(15);
 const RENEW_EVERY: Duration = Duration::from_secs(5);
 /// How long the end of an announcement may take at shutdown.
 const END_WITHIN: Duration = Duration::from_secs(2);
-
-/// `hub/<replica>`
-#[derive(Debug, Serialize, Deserialize)]
-struct ReplicaRecord {
-    /// HOST:PORT.
-    addresses: Vec<String>,
-}
-
-/// The addresses in a record, as far as this version can read them.
-pub(super) fn read(replica: &str, record: &Bytes) -> Arc<BTreeSet<String>> {
-    let record: ReplicaRecord = match records::decode(record) {
-        Ok(record) => record,
-        Err(error) => {
-            warn!(replica, %error, "record of a replica of the hub not readable: its addresses are not sent to members");
-            return Arc::default();
-        }
-    };
-    let (addresses, refused) = read_list(&record.addresses);
-    if refused > 0 {
-        warn!(replica, refused, "addresses of a replica of the hub not readable: they are not sent to members");
-    }
-    Arc::new(addresses.into_iter().take(MAX_ANNOUNCED).collect())
-}
-
-impl Snapshot {
-    /// The addresses of all replicas that are running, in order, at most [`hanse_exchange::hubs::MAX_HUBS`].
-    pub fn hub_addresses(&self) -> BTreeSet<String> {
-        let all: BTreeSet<&str> = self.replicas.values().flat_map(|it| it.iter().map(String::as_str)).collect();
-        read_list(&all.into_iter().collect::<Vec<_>>()).0
-    }
-}
 
 impl Registry {
     /// Announces the addresses of this process until `stop`, under a name that no other process has.

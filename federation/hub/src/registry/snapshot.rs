@@ -5,14 +5,15 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use hanse_api::federated::FederatedObject;
+use hanse_exchange::hubs::read_list;
 use hanse_identity::Identity;
 use hanse_identity::keys::Certificate;
 use hanse_policy::inventory::Labels;
 use hanse_store::{Change, Entry, Event, LeaseId, Listing, Revision, Transaction};
 
-use super::instances::InstanceRecord;
 use super::records::{
-    self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, ProposalRecord, Settings, TokenRecord, UserRecord,
+    self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, ProposalRecord, ReplicaRecord, Settings, TokenRecord,
+    UserRecord,
 };
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Kind, ObjectId};
@@ -48,9 +49,9 @@ pub struct Snapshot {
     first_received: BTreeMap<Arc<str>, Revision>,
     grants: BTreeMap<Arc<str>, Arc<Stored<MemberCluster>>>,
     /// The addresses of each replica of the hub that is running.
-    pub(super) replicas: BTreeMap<Arc<str>, Arc<BTreeSet<String>>>,
-    /// The process that publishes for each cluster.
-    pub(super) instances: BTreeMap<Arc<str>, InstanceRecord>,
+    replicas: BTreeMap<Arc<str>, Arc<BTreeSet<String>>>,
+    /// `instance/<cluster>`: the process that publishes for each cluster, its number in hexadecimal.
+    pub(super) instances: BTreeMap<Arc<str>, Arc<Stored<Arc<str>>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -277,12 +278,15 @@ impl Snapshot {
                 self.object_bytes -= old.map_or(0, |old| old.manifest.len());
             }
             ["instance", name] => {
-                let record = entry.map(|entry| InstanceRecord::new(&entry.value, entry.modified));
+                let record = entry.map(|entry| {
+                    let record = String::from_utf8_lossy(&entry.value).into();
+                    Arc::new(Stored { record, revision: entry.modified })
+                });
                 set(&mut self.instances, name, record);
             }
             ["hub", replica] => {
                 // A record of another version may be unreadable here: its addresses are not sent, and all else goes on.
-                let addresses = entry.map(|entry| super::replicas::read(replica, &entry.value));
+                let addresses = entry.map(|entry| Arc::new(ReplicaRecord::read(replica, &entry.value)));
                 set(&mut self.replicas, replica, addresses);
             }
             ["meta", "settings"] => self.settings = read(entry)?,
@@ -313,6 +317,17 @@ impl Snapshot {
             _ => {}
         }
         Ok(())
+    }
+
+    /// The addresses of all replicas of the hub that are running, at most [`hanse_exchange::hubs::MAX_HUBS`].
+    pub fn hub_addresses(&self) -> BTreeSet<String> {
+        let all: BTreeSet<&str> = self.replicas.values().flat_map(|it| it.iter().map(String::as_str)).collect();
+        read_list(&all.into_iter().collect::<Vec<_>>()).0
+    }
+
+    /// The number of the process that publishes for a cluster, in hexadecimal.
+    pub fn instance_of(&self, cluster: &str) -> Option<Arc<str>> {
+        self.instances.get(cluster).map(|it| Arc::clone(&it.record))
     }
 
     /// Shows `transaction` as if it were the next that is committed.

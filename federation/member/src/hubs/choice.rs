@@ -11,7 +11,7 @@ use std::time::Duration;
 use hanse_exchange::model::Position;
 use tokio::time::Instant;
 
-use super::{View, random_fraction};
+use super::view::{View, random_fraction};
 
 /// A replica is behind if it has not reached, within this time to twice this time, the position of another.
 const BEHIND_AFTER: Duration = Duration::from_secs(10);
@@ -31,8 +31,17 @@ pub struct Choice {
     /// The greatest position of all replicas at some time, and the one before, which all of them should have reached.
     newest: Option<(Position, Instant)>,
     expected: Option<Position>,
-    /// Where the stream is to move, and when.
-    planned: Option<(String, Instant)>,
+    planned: Option<Planned>,
+}
+
+/// A move to another replica.
+#[derive(Debug)]
+struct Planned {
+    to: String,
+    at: Instant,
+    /// The member's position when the move was planned: the replica has this and more by then. Its present position is known a few
+    /// seconds later only, when the member's is greater again.
+    needs: Position,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -94,17 +103,17 @@ impl Choice {
             self.planned = None;
             return None;
         }
-        if self.planned.as_ref().is_none_or(|(planned, _)| planned != best) {
+        if self.planned.as_ref().is_none_or(|planned| planned.to != *best) {
             let after = match was {
                 Class::Current => RETURN_AFTER + (RETURN_WITHIN - RETURN_AFTER).mul_f64(random_fraction()),
                 Class::Behind | Class::Unreached => LEAVE_WITHIN.mul_f64(random_fraction()),
             };
-            self.planned = Some((best.clone(), now + after));
+            self.planned = Some(Planned { to: best.clone(), at: now + after, needs: received });
         }
+        let planned = self.planned.as_ref()?;
         // A replica does not serve a member that has received more than it has.
-        let has_all = view.reached.get(best).and_then(|it| it.hub).is_none_or(|hub| !is_less(hub, received));
-        let is_due = self.planned.as_ref().is_some_and(|(_, at)| *at <= now);
-        (is_due && has_all).then(|| best.clone())
+        let hub = view.reached.get(best).and_then(|it| it.hub);
+        (planned.at <= now && hub.is_none_or(|hub| !is_less(hub, planned.needs))).then(|| best.clone())
     }
 
     fn observe(&mut self, view: &View, now: Instant) {
@@ -141,7 +150,7 @@ mod tests {
 
     use bytes::Bytes;
 
-    use super::super::ReachedHub;
+    use super::super::view::ReachedHub;
     use super::*;
 
     fn view(reached: &[(&str, u64)]) -> View {
@@ -240,6 +249,20 @@ mod tests {
         assert_eq!(moves(&mut choice, "b", &all, &mut now), None);
         let caught_up = view(&[("a", 5), ("b", 5)]);
         assert_eq!(moves(&mut choice, "b", &caught_up, &mut now).map(|it| it.0).as_deref(), Some("a"));
+    }
+
+    /// Positions of replicas are known some seconds later than that of the member.
+    #[test]
+    fn moves_also_while_the_hub_changes_all_the_time() {
+        let (mut choice, mut now) = (Choice::default(), Instant::now());
+        let moved = (100..1_000_u64).find(|revision| {
+            now += Duration::from_millis(100);
+            let known = revision - revision % 30;
+            let received = Position { epoch: 1, revision: *revision };
+            choice.better("b", received, &view(&[("a", known), ("b", known)]), now).is_some()
+        });
+        let after = Duration::from_millis(100 * (moved.expect("it moves") - 100));
+        assert!((RETURN_AFTER..RETURN_WITHIN + Duration::from_secs(4)).contains(&after), "{after:?}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
-//! What must happen once, or everywhere, whichever replica is asked: single-use tokens, revocations, and the list of replicas.
+//! What must happen once, or everywhere, whichever replica is used: single-use tokens, revocations, and the list of replicas.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use hanse_member::registration::MemberIdentity;
@@ -10,7 +11,59 @@ use wire::publish_request::Message;
 
 use super::{World, when};
 use crate::etcd_nodes::{self as nodes, SOON};
+use crate::process::{Process, administrator, free_ports, hub};
 use crate::support::join;
+
+/// As the init containers of three pods, with the key file that Kubernetes mounts: readable for a group of the process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_may_initialise_one_store_at_the_same_time() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let etcd = nodes::shared().await;
+    let folder = tempfile::tempdir().unwrap();
+    let (url, key_file) = (etcd.url().to_string(), folder.path().join("unlock.key"));
+    std::fs::write(&key_file, [7; 32]).unwrap();
+    std::fs::set_permissions(&key_file, std::fs::Permissions::from_mode(0o440)).unwrap();
+    let ports = free_ports();
+    let [listen, join] = &ports;
+    let data = |number: usize| folder.path().join(format!("hub-{number}"));
+    let init = |number: usize| {
+        let mut command = hub();
+        command.args(["init", "--if-missing", "--listen", listen, "--join-listen", join, "--store", &url, "--data"]);
+        command.arg(data(number)).arg("--key-file").arg(&key_file);
+        command
+    };
+    // The second time, as after a restart of the pods.
+    for round in 0..2 {
+        let started: Vec<_> =
+            (0..3).map(|number| init(number).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()).collect();
+        let mut created = 0;
+        for child in started {
+            let output = child.unwrap().wait_with_output().unwrap();
+            let printed =
+                format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "round {round}: {printed}");
+            created += usize::from(printed.contains("Created ClusterSet"));
+        }
+        let administrators: Vec<usize> = (0..3).filter(|number| data(*number).join("admin.context").exists()).collect();
+        assert_eq!((created, administrators.len()), (1, 1), "round {round}: one creates the administrator");
+        let keys = (0..3).filter(|number| data(*number).join("admin.key").exists()).count();
+        assert_eq!(keys, 1, "the others keep no key");
+    }
+    let owner = (0..3).map(data).find(|it| it.join("admin.context").exists()).unwrap();
+    let mut run = hub();
+    run.args(["run", "--listen", listen, "--join-listen", join, "--store", &url, "--key-file"]).arg(&key_file);
+    let child = run.stderr(Stdio::null()).spawn().unwrap();
+    let process = Process { child, listen: listen.clone(), join: join.clone() };
+    let mut admin = administrator(&owner, &process).await;
+    assert_eq!(admin.list_users(wire::ListUsersRequest {}).await.unwrap().into_inner().users.len(), 1);
+    // Another key file is refused, and creates nothing.
+    let other = folder.path().join("other.key");
+    let mut command = hub();
+    command.args(["init", "--if-missing", "--listen", listen, "--join-listen", join, "--store", &url, "--data"]);
+    let refused = command.arg(folder.path().join("another")).arg("--key-file").arg(&other).output().unwrap();
+    let printed = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && !other.exists(), "{printed}");
+}
 
 /// Two clusters with keys of their own use one token at the same time, at two replicas.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
