@@ -110,7 +110,9 @@ pub async fn hub_service(client: &Client, place: &Place) -> anyhow::Result<Optio
         ports.into_iter().any(|port| port.name.as_deref() == Some(name))
     };
     let is_headless = |service: &Service| service.spec.iter().any(|it| it.cluster_ip.as_deref() == Some("None"));
-    Ok(found.items.into_iter().find(|it| serves(it, "hub") && serves(it, "join") && !is_headless(it)))
+    let serving = found.items.into_iter().filter(|it| serves(it, "hub") && serves(it, "join") && !is_headless(it));
+    // Services of replicas have a number at the end.
+    Ok(serving.min_by_key(|it| it.name_any().len()))
 }
 
 /// The host at which a Service is reached from outside of its cluster.

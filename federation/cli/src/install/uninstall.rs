@@ -143,6 +143,11 @@ impl Uninstall {
         self.remove_rest(&client, &values).await?;
         if has("hub") {
             self.remove_custom_resources(&client).await?;
+            if let Some(url) = values["hub"]["etcd"]["url"].as_str().filter(|url| !url.is_empty()) {
+                // What follows names files only.
+                let url = url.split('?').next().unwrap_or_default();
+                left.push(format!("the ClusterSet in the store {url}, and the Secrets with which the hub opened it"));
+            }
         }
         if let Some(cluster) = &cluster {
             remove_taints(&client).await?;

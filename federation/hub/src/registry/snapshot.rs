@@ -12,8 +12,8 @@ use hanse_policy::inventory::Labels;
 use hanse_store::{Change, Entry, Event, LeaseId, Listing, Revision, Transaction};
 
 use super::records::{
-    self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, ProposalRecord, ReplicaRecord, Settings, TokenRecord,
-    UserRecord,
+    self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, ProposalRecord, ReplicaRecord, Settings,
+    TokenRecord, UserRecord,
 };
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Kind, ObjectId};
