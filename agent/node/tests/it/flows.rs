@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use hanse_agent::flows::{WindowResult, listen, report};
 use hanse_agent::identity::NodeIdentity;
 use hanse_agent::metrics::AgentMetrics;
+use hanse_agent::reviews::MemberReview;
 use hanse_agent::snapshot;
 use hanse_agent::status::Status as AgentStatus;
 use hanse_dataplane::nftables::flows::Flows;
@@ -22,6 +23,7 @@ use hanse_identity::tls::{
 use hanse_identity::{Identity, TrustDomain};
 use hanse_proto::agent::v1 as wire;
 use hanse_proto::agent::v1::agents_server::{Agents, AgentsServer};
+use hanse_runtime::monitor::{Review as _, Unreviewed, Verdict};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
@@ -37,7 +39,8 @@ const SOON: Duration = Duration::from_secs(20);
 /// The key and the address of the connection.
 type Sender = (Fingerprint, SocketAddr);
 
-/// A member that only receives flows: it records them with their sender, and refuses while it has refusals.
+/// A member that receives flows, which it records with their sender, and refuses while it has refusals; and that reviews tokens by their
+/// text.
 struct Service {
     refusals: Arc<Mutex<VecDeque<Code>>>,
     received: mpsc::UnboundedSender<(Sender, wire::Flows)>,
@@ -62,6 +65,23 @@ impl Agents for Service {
         match self.refusals.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
             Some(code) => Err(Status::new(code, "no")),
             None => Ok(Response::new(wire::FlowsTaken {})),
+        }
+    }
+
+    async fn review_metrics_token(
+        &self,
+        request: Request<wire::MetricsToken>,
+    ) -> Result<Response<wire::MetricsVerdict>, Status> {
+        let token = request.into_inner().token;
+        let user = if token == "forbidden" { "eve".to_owned() } else { String::new() };
+        match &*token {
+            "down" => Err(Status::unavailable("the API server does not answer")),
+            // An answer of another version: nothing is allowed that is not authenticated.
+            "odd" => Ok(Response::new(wire::MetricsVerdict { authenticated: false, allowed: true, user })),
+            _ => {
+                let (authenticated, allowed) = (token != "invalid", token == "allowed");
+                Ok(Response::new(wire::MetricsVerdict { authenticated, allowed, user }))
+            }
         }
     }
 }
@@ -312,4 +332,32 @@ fn agent_reports_flows_unless_switched_off() {
         assert!(node.net.connect("p2", "10.1.0.3:80").is_some() && node.net.connect("p2", "10.1.0.3:81").is_none());
     };
     node.net.within("node", || runtime().expect("a runtime").block_on(test));
+}
+
+#[tokio::test]
+async fn member_reviews_the_tokens_of_callers_of_metrics() {
+    let (member, data) = (Member::new().await, tempfile::tempdir().expect("a folder"));
+    let review = MemberReview::default();
+    let unavailable = |why: &str| Err(Unreviewed::Unavailable(why.to_owned()));
+    assert_eq!(review.review("allowed").await, unavailable("the node has not enrolled"));
+    // The first member does not exist.
+    review.enrolled(member.enrol(data.path()), vec!["127.0.0.1:1".to_owned(), member.address.clone()]);
+    for (token, expected) in [
+        ("allowed", Ok(Verdict::Allowed)),
+        ("forbidden", Ok(Verdict::Forbidden { user: "eve".to_owned() })),
+        ("invalid", Ok(Verdict::Unauthenticated)),
+        ("odd", Ok(Verdict::Unauthenticated)),
+        ("down", unavailable("the member answers: the API server does not answer")),
+        ("allowed", Ok(Verdict::Allowed)),
+    ] {
+        assert_eq!(review.review(token).await, expected, "{token}");
+    }
+    // Without a member, nothing is allowed.
+    drop(member);
+    let ended = async {
+        while review.review("allowed").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(SOON, ended).await.expect("the member is gone");
 }
