@@ -94,16 +94,25 @@ impl Etcd {
 
     pub(crate) async fn open(url: &EtcdUrl) -> Result<Self, StoreError> {
         let this = Self::new(url);
+        if let Some(marker) = this.marker().await?.0 {
+            return this.checked(&marker);
+        }
+        let (first, end) = this.shared.root.everything();
+        let one = GetOptions::new().with_range(end).with_limit(1).with_keys_only();
+        if this.get(first, one).await?.0.is_empty() {
+            return Err(StoreError::Absent);
+        }
+        // Another process may have created the store in between.
         match this.marker().await?.0 {
-            Some(marker) if marker.value().starts_with(FORMAT) => Ok(this),
-            Some(_) => Err(StoreError::Format("its format is not 1")),
-            None => {
-                let (first, end) = this.shared.root.everything();
-                let one = GetOptions::new().with_range(end).with_limit(1).with_keys_only();
-                let found = this.get(first, one).await?;
-                let other = StoreError::Foreign("keys of other programs begin with its prefix");
-                Err(if found.0.is_empty() { StoreError::Absent } else { other })
-            }
+            Some(marker) => this.checked(&marker),
+            None => Err(StoreError::Foreign("keys of other programs begin with its prefix")),
+        }
+    }
+
+    fn checked(self, marker: &KeyValue) -> Result<Self, StoreError> {
+        match marker.value().starts_with(FORMAT) {
+            true => Ok(self),
+            false => Err(StoreError::Format("its format is not 1")),
         }
     }
 

@@ -9,12 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use hanse_identity::keys::Credentials;
 use hanse_proto::federation::v1 as wire;
+use hanse_proto::federation::v1::inquiries_client::InquiriesClient;
 use hanse_store::StoreUrl;
 use tokio::time::Instant;
 
 use crate::process::{Process, administrator, free_ports, hub};
-use crate::support::{Admin, SOON, apply, join, member_cluster, tier};
+use crate::support::{Admin, SOON, apply, join, member_cluster, open, tier};
 use members::Member;
 
 /// Short, so that a test observes that leases do not end.
@@ -137,6 +139,22 @@ impl World {
         let folder = self.folder.path().join(cluster);
         let identity = join(&folder, cluster, &token, self.join_address(number)).await.unwrap();
         Member::start(&identity, &folder, net, self.address(number))
+    }
+
+    /// Waits until a user at this replica gets an answer of the member of every cluster.
+    async fn answered(&self, number: usize) {
+        let data = self.data();
+        let credentials = Credentials::read(&data.join("admin.key"), &data.join("admin.pem")).unwrap();
+        let channel = open(credentials, &data.join("ca.pem"), self.address(number)).await.unwrap();
+        let (mut inquiries, deadline) = (InquiriesClient::new(channel), Instant::now() + SOON);
+        loop {
+            let listed = inquiries.list_pods(wire::ListPodsRequest::default()).await.unwrap().into_inner();
+            if listed.notes.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "replica {number}: {:?}\n{}", listed.notes, self.logs());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// What the replicas logged, for a failure.

@@ -99,7 +99,8 @@ impl Choice {
         self.observe(view, now);
         let best = view.ranked.iter().min_by_key(|address| self.class(view, address))?;
         let (is, was) = (self.class(view, best), self.class(view, watched));
-        if best == watched || is != Class::Current || self.failed.contains_key(best) {
+        let has_failed = self.failed.get(best).is_some_and(|it| it.until > now);
+        if best == watched || is != Class::Current || has_failed {
             self.planned = None;
             return None;
         }
@@ -214,6 +215,10 @@ mod tests {
         assert!((60..140).contains(&early), "{early} of 200 in the first half");
         let (mut choice, mut now) = (Choice::default(), Instant::now());
         assert_eq!(moves(&mut choice, "a", &view(&[("a", 5), ("b", 5)]), &mut now), None, "it stays where it prefers");
+        // Also after it has failed, as when it was killed.
+        (0..10).for_each(|_| choice.failed("a", now));
+        let all = view(&[("a", 5), ("b", 5)]);
+        assert_eq!(moves(&mut choice, "b", &all, &mut now).map(|it| it.0).as_deref(), Some("a"));
     }
 
     #[test]

@@ -13,9 +13,13 @@ use hanse_exchange::member::receiver::Receiver;
 use hanse_exchange::model::Lease;
 use hanse_member::exchange::client::Client;
 use hanse_member::hubs::Hubs;
+use hanse_member::own_streams::Ends;
+use hanse_member::questions::Answering;
 use hanse_member::registration::MemberIdentity;
+use hanse_member::world::World;
 use hanse_policy::inventory::{Cluster, Endpoint, Inventory, Namespace};
 use hanse_proto::federation::v1 as wire;
+use hanse_ruleset::UnknownPods;
 use hanse_runtime::health::{Health, Writes};
 use hanse_runtime::shutdown::Shutdown;
 use tokio::time::Instant;
@@ -64,6 +68,7 @@ impl Member {
         let seen = Arc::<Mutex<Seen>>::default();
         tokio::spawn(observe(client.clone(), seen.clone(), shutdown.clone()));
         client.start(identity, &shutdown);
+        answer(identity, &hubs, &shutdown);
         let mut cluster = Cluster::default();
         cluster.namespaces.insert("n".into(), Namespace::default());
         let (made, cluster) = (Arc::default(), Arc::new(Mutex::new(cluster)));
@@ -114,6 +119,19 @@ impl Member {
     pub fn watched(&self) -> Option<String> {
         self.client.watched()
     }
+}
+
+/// Answers questions of users, at all replicas.
+fn answer(identity: &MemberIdentity, hubs: &Hubs, shutdown: &Shutdown) {
+    let world = || World::new(identity.cluster().clone(), UnknownPods::Deny, Ends::default());
+    let (answering, mut requests) = Answering::new(world().live().clone());
+    answering.start(identity, hubs, shutdown);
+    let world = world();
+    std::thread::spawn(move || {
+        while let Some(request) = requests.blocking_recv() {
+            request.answer(&world);
+        }
+    });
 }
 
 /// Notes what arrives, and reports as a member without nodes does.

@@ -118,6 +118,10 @@ async fn the_list_of_replicas_follows_those_that_run() {
     let knows = |count: usize| member.hubs.all().len() == count;
     when("three replicas", &world, SOON, || knows(3)).await;
     world.settle().await;
+    // Questions are answered at each of them.
+    for number in 0..3 {
+        world.answered(number).await;
+    }
     world.stop(1);
     let stopped = when("the stopped one is removed", &world, SOON, || knows(2)).await;
     world.kill(2);
@@ -128,6 +132,7 @@ async fn the_list_of_replicas_follows_those_that_run() {
     world.run(2);
     when("it is back", &world, SOON, || knows(2)).await;
     world.settle().await;
+    world.answered(2).await;
 }
 
 /// A copy of a member's folder reaches a replica that has just started before the member does: the replica serves the member
