@@ -27,3 +27,4 @@ pub mod sealed;
 pub mod server;
 pub mod status;
 pub mod transfer;
+mod volume;

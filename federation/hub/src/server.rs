@@ -44,6 +44,7 @@ use crate::roles::Role;
 use crate::sealed::{self, UnlockKey};
 use crate::status::Realisations;
 use crate::transfer;
+use crate::volume;
 use hanse_exchange::limits::MAX_MESSAGE_BYTES;
 use hanse_kubernetes::Access;
 
@@ -255,6 +256,10 @@ impl Hub {
     /// # Errors
     /// When files or listeners cannot be opened.
     pub async fn start(options: Options, shutdown: &Shutdown) -> anyhow::Result<Self> {
+        let restricted = volume::restrict_after_group_change(&options.data, &["ca.key", "admin.key", "admin.context"]);
+        for path in restricted.context("restrict the files of the hub to their owner")? {
+            warn!(path = %path.display(), "the group of the volume had got access to this file: mode 0600 is restored");
+        }
         let data = options.data.display();
         if options.data.join(UNFINISHED).exists() {
             anyhow::bail!("`hanse-hub init` was interrupted in {data}: repeat it");
