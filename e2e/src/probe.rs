@@ -96,9 +96,14 @@ impl Drop for Listener {
 
 /// Opens a TCP connection from `namespace` and reads the title.
 pub fn tcp(namespace: &Namespace, to: SocketAddr, title: &str) -> Observed {
+    tcp_within(namespace, to, title, PATIENCE)
+}
+
+/// As [`tcp`], of a connection that may take longer than [`PATIENCE`].
+pub fn tcp_within(namespace: &Namespace, to: SocketAddr, title: &str, patience: Duration) -> Observed {
     namespace.enter(|| {
-        let Ok(mut stream) = TcpStream::connect_timeout(&to, PATIENCE) else { return Observed::Closed };
-        if let Err(error) = stream.set_read_timeout(Some(PATIENCE)) {
+        let Ok(mut stream) = TcpStream::connect_timeout(&to, patience) else { return Observed::Closed };
+        if let Err(error) = stream.set_read_timeout(Some(patience)) {
             return Observed::Wrong(error.to_string());
         }
         let mut answer = Vec::new();

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 mod failover;
 mod images;
 pub(crate) mod installed;
+mod state;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const NAMESPACE: &str = "hanse";
@@ -589,6 +590,9 @@ fn releases_come_and_go_on_a_real_api_server() {
             let applied = success(&mut apply, &rendered);
             println!("{name}: {} objects", applied.lines().count());
         }
+        state::is_not_overwritten(&server).await;
+        let gone = until(PATIENCE, async || !everything(&server).contains("Secret state m"));
+        assert!(gone.await.is_some(), "the namespace of the test is gone");
         let before = everything(&server);
 
         let release = Release { server: &server };

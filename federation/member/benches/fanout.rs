@@ -128,6 +128,8 @@ async fn run(shape: Shape) -> anyhow::Result<()> {
         source: Location::Directory(source.clone()),
         agent_account: None,
         authority_config_map: None,
+        agent_service: None,
+        state: None,
         agent_listen,
         enrol_listen: any,
         federated_allow_final: false,

@@ -287,7 +287,8 @@ impl Pods {
         let Some(sandbox) = &mut entry.sandbox else { return Ok(()) };
         let ready = state == State::Running && sandbox.containers.as_mut().is_some_and(|it| it.is_ready());
         let report = (state, sandbox.starts, ready);
-        if entry.reported.as_ref() == Some(&report) {
+        // The controller of nodes changes the condition of pods whose node has not renewed its lease.
+        if entry.reported.as_ref() == Some(&report) && status::is_ready(&entry.pod) == ready {
             return Ok(());
         }
         let status = status::patch(&entry.pod, &self.options.addresses, sandbox, &report.0, ready);

@@ -20,6 +20,12 @@ pub enum State {
     },
 }
 
+/// Whether the server has the pod as ready.
+pub fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.into_iter().flatten().any(|it| it.type_ == "Ready" && it.status == "True")
+}
+
 /// A strategic merge patch of the pod's status.
 pub fn patch(pod: &Pod, host: &[IpAddr], sandbox: &Sandbox, state: &State, ready: bool) -> Value {
     let (started, addresses) = (sandbox.started, &sandbox.addresses);

@@ -374,7 +374,10 @@ impl Worker {
                     return Ok(());
                 }
                 Ok(Err(kube::Error::Api(status))) if status.code == 409 => {
-                    self.read(secret).await.map_err(|error| io::Error::other(format!("{error:#}")))?;
+                    // It may have been created again: what it contained stays known.
+                    let read = answered(api.get(secret)).await;
+                    let taken = async { self.take(secret, read?).await }.await;
+                    taken.map_err(|error| io::Error::other(format!("{error:#}")))?;
                     let mirror = locked(&self.mirror);
                     let now = mirror.secrets.get(secret);
                     let is_changed = |(key, before): &(&str, _)| now.and_then(|it| it.at(key)) != *before;
@@ -491,7 +494,7 @@ impl Worker {
     /// Takes over a Secret. One that was created again gets its content back.
     async fn take(&self, secret: &str, now: Secret) -> anyhow::Result<()> {
         let id_now = now.data.as_ref().and_then(|data| data.get(ID)).map(|ByteString(bytes)| bytes.as_slice());
-        let lost = {
+        let missing = {
             let mut mirror = locked(&self.mirror);
             let known = mirror.secrets.get(secret);
             let id = known.and_then(Mirrored::id).map(|id| id.as_slice());
@@ -502,9 +505,10 @@ impl Worker {
             let entries = known.into_iter().flat_map(|it| &it.entries);
             entries.filter_map(|(key, it)| Some((key.clone(), ByteString(it.bytes.as_ref()?.to_vec())))).collect()
         };
+        anyhow::ensure!(self.writes.is_some(), "Secret {secret} was created again, and its content is missing");
         tracing::error!(secret, "Secret of the state was created again: its content is written again");
-        let lost: BTreeMap<String, ByteString> = lost;
-        let patch = json!({"metadata": {"resourceVersion": now.metadata.resource_version}, "data": lost});
+        let missing: BTreeMap<String, ByteString> = missing;
+        let patch = json!({"metadata": {"resourceVersion": now.metadata.resource_version}, "data": missing});
         let api = self.api();
         let parameters = PatchParams::default();
         let written = answered(api.patch(secret, &parameters, &Patch::Merge(patch))).await;
