@@ -41,6 +41,7 @@ use crate::registration::MemberIdentity;
 use crate::report;
 use crate::resolver::Resolver;
 use crate::source::{self, Changes, LastGood, Location, Texts};
+use crate::state::moving::take_from_data;
 use crate::state::{SecretName, State};
 use crate::world::World;
 
@@ -211,7 +212,7 @@ async fn begin(
         let opened = tokio::task::spawn_blocking(move || {
             let (data, access, name, writes) = opening;
             let state = State::lead(&data, &access, &name, &writes)?;
-            state.take_from_data()?;
+            take_from_data(&state)?;
             let has_own_caches = state.claim_caches().context("claim the caches in --data")?;
             anyhow::Ok((state, has_own_caches))
         });

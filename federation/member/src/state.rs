@@ -5,7 +5,7 @@
 //! without a join token. Files have names such as `member.pem` or `nodes/HASH.json`.
 
 mod layout;
-mod moving;
+pub mod moving;
 mod secrets;
 
 use std::fs::File;
@@ -270,17 +270,6 @@ impl State {
     /// When it cannot be read.
     pub fn refresh(&self) -> io::Result<()> {
         self.secrets.as_ref().map_or(Ok(()), |secrets| secrets.refresh())
-    }
-
-    /// Moves the state of a data directory into the Secrets, if these have none. Afterwards, the directory contains no key.
-    ///
-    /// # Errors
-    /// When a file cannot be read, written or removed. The next call goes on.
-    pub fn take_from_data(&self) -> anyhow::Result<()> {
-        match self.secrets {
-            Some(_) => moving::move_files(&Self::from(self.data.as_path()), self),
-            None => Ok(()),
-        }
     }
 
     /// Removes the caches in the data directory, unless the process that led last has written them: they may be older than what nodes

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use hanse_e2e::kubernetes::{ApiServer, until};
 use hanse_kubernetes::Access;
+use hanse_member::state::moving::take_from_data;
 use hanse_member::state::{MAX_SECRET_BYTES, SecretName, State};
 use hanse_runtime::health::{Health, Writes};
 use serde_json::json;
@@ -85,14 +86,14 @@ pub async fn is_not_overwritten(server: &ApiServer) {
         files.write(file, file.as_bytes()).expect("written");
     }
     let moved = lead(&earlier).expect("the state is read");
-    moved.take_from_data().expect("moved");
+    take_from_data(&moved).expect("moved");
     assert_eq!(text(&moved, "nodes/fa.json").as_deref(), Some("nodes/fa.json"));
     assert_eq!(text(&moved, "member.pem").as_deref(), Some("member.pem"));
     assert_eq!(moved.list("node-tokens").expect("listed"), ["7f.json"]);
     assert!(!earlier.join("member.pem").exists() && !earlier.join("intermediate.pem").exists());
-    moved.take_from_data().expect("there is nothing left");
+    take_from_data(&moved).expect("there is nothing left");
     files.write("member.pem", b"another").expect("written");
-    let both = format!("{:#}", moved.take_from_data().expect_err("two states"));
+    let both = format!("{:#}", take_from_data(&moved).expect_err("two states"));
     assert!(both.contains("remove the one that is not in use"), "{both}");
     success(server.kubectl().expect("kubectl").args(["delete", "namespace", NAMESPACE, "--wait=false"]), "");
 }

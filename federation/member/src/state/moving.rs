@@ -14,11 +14,19 @@ const FILES: [&str; 6] =
     [ROOT, "intermediate.pem", "member.next.pem", "intermediate.next.pem", "term", "newest-node-at-start"];
 const FOLDERS: [&str; 2] = ["nodes", "node-tokens"];
 
-/// Moves the state in `from`, a directory, to `to`, unless that has one.
-pub fn move_files(from: &State, to: &State) -> anyhow::Result<()> {
-    if from.read_key(JOINED).context("read member.pem")?.is_none() {
+/// Moves the state in the data directory into the Secrets of `state`, if these have none. Afterwards, the directory contains no key.
+///
+/// # Errors
+/// When a file cannot be read, written or removed. The next call goes on.
+pub fn take_from_data(state: &State) -> anyhow::Result<()> {
+    let from = State::from(state.data());
+    if !state.is_in_secrets() || from.read_key(JOINED).context("read member.pem")?.is_none() {
         return Ok(());
     }
+    move_files(&from, state)
+}
+
+fn move_files(from: &State, to: &State) -> anyhow::Result<()> {
     let data = from.data().display();
     let (Some(own), there) = (from.read_key(JOINED)?, to.read_key(JOINED)?) else { return Ok(()) };
     if let Some(there) = there {
