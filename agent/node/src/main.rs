@@ -197,7 +197,7 @@ async fn stay(health_listen: Option<SocketAddr>) -> anyhow::Result<()> {
     let (shutdown, health) = (Shutdown::default(), Health::default());
     health.condition("rules removed").set(true);
     if let Some(address) = health_listen {
-        serve(address, Page::Health(health), &shutdown).await?;
+        serve_health(address, &health, &shutdown).await?;
     }
     shutdown.wait_for_signal().await.context("wait for a signal")?;
     shutdown.drain(DRAIN).await;
