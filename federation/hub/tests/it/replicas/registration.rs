@@ -127,7 +127,8 @@ async fn the_list_of_replicas_follows_those_that_run() {
     world.kill(2);
     let killed = when("the killed one is removed", &world, SOON, || knows(1)).await;
     println!("removed after {stopped:?} when it stopped, and after {killed:?} when it was killed");
-    assert!(stopped < killed, "{stopped:?} {killed:?}");
+    // It does not wait for the end of a lease.
+    assert!(stopped * 2 < killed, "{stopped:?} {killed:?}");
     assert_eq!(member.hubs.all(), [world.address(0)]);
     world.run(2);
     when("it is back", &world, SOON, || knows(2)).await;
