@@ -119,3 +119,43 @@ impl Leadership {
         Election::new(client, Some(&lease.namespace), &lease.name, identity).release().await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use hanse_runtime::health::Health;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn another_process_at_the_hub_is_the_next_leader_only_after_the_lease_has_ended() {
+        hanse_identity::tls::install_provider();
+        let config = kube::Config::new("https://127.0.0.1:1".parse().expect("an address"));
+        let leadership = Leadership {
+            client: Client::try_from(config).expect("a client"),
+            lease: SecretName { namespace: "hanse".to_owned(), name: "member".to_owned() },
+            identity: "one".to_owned(),
+            renewed: Arc::new(Mutex::new(Instant::now())),
+            replaced: CancellationToken::new(),
+        };
+        let writes = Writes::new(&Health::default());
+        let failed = || Err(anyhow!("the API server is away"));
+        let second = Duration::from_secs(1);
+        tokio::time::advance(DURATION - second).await;
+        leadership.note(Instant::now(), &failed(), &writes);
+        leadership.note_replaced();
+        assert!(!leadership.replaced.is_cancelled(), "no other process can have the Lease: it is a copy");
+        assert!(writes.failing().is_empty(), "a restart of the API server is not reported");
+        leadership.note(Instant::now(), &Ok(()), &writes);
+        tokio::time::advance(DURATION - second).await;
+        leadership.note_replaced();
+        assert!(leadership.is_certain() && !leadership.replaced.is_cancelled(), "it was renewed");
+        tokio::time::advance(second).await;
+        leadership.note(Instant::now(), &failed(), &writes);
+        assert!(!leadership.is_certain() && writes.failing().contains_key(REPORTED_AS));
+        assert!(!leadership.replaced.is_cancelled(), "while no other process publishes, it goes on");
+        leadership.note_replaced();
+        assert!(leadership.replaced.is_cancelled());
+    }
+}
