@@ -336,7 +336,7 @@ fn one_of_two_hubs_reconciles() {
             world.kubectl(&["patch", "lease", LEASE, "-n", chart::NAMESPACE, "--type=merge", "-p", &patch])
         };
         assert!(take("other").0);
-        world.until("it is noticed", || world.hub_log().contains("another hub has taken the Lease")).await;
+        world.until("it is noticed", || world.hub_log().contains("another process has taken the Lease")).await;
         world.apply(TIER);
         // The other one does not renew it.
         loop {

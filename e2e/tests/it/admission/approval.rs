@@ -84,7 +84,7 @@ fn changes_wait_for_another_user() {
             world.kubectl("", &["-n", "hanse", "patch", "lease", "hanse-hub-operator", "--type=merge", "-p", &patch])
         };
         assert!(lease("another-hub").0);
-        world.until("the operator stops", || world.hub_log().contains("another hub has taken the Lease")).await;
+        world.until("the operator stops", || world.hub_log().contains("another process has taken the Lease")).await;
         let (success, text) = world.approve("eve", "fnp/web");
         assert!(success, "{text}");
         world.apply("bob", &with_order(3));
