@@ -287,6 +287,7 @@ fn joins_again(train: &Cluster, variables: &[(&str, String)]) {
         (text(&output.stdout), text(&output.stderr))
     };
     let (joined, notes) = join(&[]);
+    let first = joined.clone();
     let joined: Value = serde_json::from_str(&joined).expect("JSON");
     let engines = json!(["Calico (kube-system/node-agent)"]);
     let expected = json!({
@@ -295,6 +296,25 @@ fn joins_again(train: &Cluster, variables: &[(&str, String)]) {
     });
     assert_eq!(joined, expected, "what enforces goes on: {notes}");
     assert!(!notes.contains("join token"), "a cluster that has joined needs no token: {notes}");
+
+    // A removal that did not end leaves nodes without rules. Repeated, `hanse join` enforces again.
+    let mut command = Command::new(programs().join("hanse"));
+    command.args(["uninstall", "--kube-context=train", "--timeout=1"]).envs(variables.iter().cloned());
+    let aborted = command.output().expect("it runs");
+    let message = String::from_utf8_lossy(&aborted.stderr).into_owned();
+    assert!(
+        !aborted.status.success() && message.contains("to enforce again instead, repeat `hanse join`"),
+        "{message}"
+    );
+    let arguments = || {
+        let path = "jsonpath={.spec.template.spec.containers[0].args[0]}";
+        hanse_e2e::federation::kubectl(&train.server, &["get", "-n=hanse", "ds/hanse-agent", "-o", path], "")
+            .expect("read")
+    };
+    assert_eq!(arguments(), "cleanup");
+    assert_eq!(join(&[]).0, first, "all nodes have rules again");
+    assert_eq!(arguments(), "run");
+
     let (manifests, notes) = join(&["--release=second", "--dry-run"]);
     assert!(manifests.contains("- --enforcement=Observe\n"), "{manifests}");
     assert!(notes.contains("Calico (kube-system/node-agent) enforces policy here"), "{notes}");

@@ -2,17 +2,20 @@
 //!
 //! Everything is done with the caller's own rights in the clusters. The commands may be repeated: they go on where an earlier one ended.
 
+use std::io::Write as _;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
 
-use crate::output::Format;
+use crate::output::{self, Format, UsageError};
 
 mod engines;
 mod helm;
 mod hub;
 mod join;
+mod rollout;
 mod target;
 mod uninstall;
 
@@ -73,6 +76,12 @@ fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
     runtime.block_on(work)
 }
 
+/// Prints the manifests of a dry run, without the rest of Helm's report.
+fn print(report: &str) -> anyhow::Result<ExitCode> {
+    let manifests = report.split_once("\nMANIFEST:\n").map_or(report, |(_, manifests)| manifests);
+    output::exit(writeln!(output::stdout(), "{manifests}").map_err(anyhow::Error::from), false)
+}
+
 /// A registry as the chart accepts it.
 fn registry(text: &str) -> Result<String, String> {
     let host = text.split('/').next().unwrap_or_default();
@@ -88,12 +97,15 @@ fn registry(text: &str) -> Result<String, String> {
     }
 }
 
-/// The digest of an image.
-fn digest(text: &str) -> Result<String, String> {
+/// Checks the digest of an image. Not the parser of the option does: examples of help name variables.
+fn check_digest(option: &str, text: &str) -> anyhow::Result<()> {
     let digits = text.strip_prefix("sha256:").unwrap_or_default();
     match digits.len() == 64 && digits.bytes().all(|it| matches!(it, b'0'..=b'9' | b'a'..=b'f')) {
-        true => Ok(text.to_owned()),
-        false => Err("it is not sha256: and 64 hexadecimal digits; a tag is not a digest".to_owned()),
+        true => Ok(()),
+        false => {
+            let text = format!("{option} {text}: it is not sha256: and 64 hexadecimal digits; a tag is not a digest");
+            Err(UsageError(text).into())
+        }
     }
 }
 
@@ -127,11 +139,12 @@ mod tests {
     #[test]
     fn digest_is_sha256() {
         let digits = "0123456789abcdef".repeat(4);
-        assert!(digest(&format!("sha256:{digits}")).is_ok());
+        let check = |text: &str| check_digest("--hub-digest", text);
+        assert!(check(&format!("sha256:{digits}")).is_ok());
         for text in [digits.clone(), format!("sha256:{}", &digits[1..]), format!("sha256:{}", digits.to_uppercase())] {
-            assert!(digest(&text).is_err(), "{text}");
+            assert!(check(&text).is_err(), "{text}");
         }
-        assert!(digest("latest").is_err());
+        assert!(check("latest").is_err());
     }
 
     #[test]

@@ -113,23 +113,56 @@ impl Helm {
         self.run(&arguments).await.map(drop)
     }
 
-    /// The values of the release, with the defaults; `None` if it does not exist.
-    pub async fn values(&self) -> anyhow::Result<Option<Value>> {
-        let releases =
-            self.run(&["list", "--all", "--output", "json", "--filter", &format!("^{}$", self.place.release)]).await?;
-        let releases: Value = serde_json::from_str(&releases).context("read the answer of `helm list`")?;
-        if releases.as_array().is_none_or(Vec::is_empty) {
-            return Ok(None);
+    /// The state of the release, such as `deployed`; `None` if it does not exist.
+    pub async fn status(&self) -> anyhow::Result<Option<String>> {
+        match self.run(&["status", &self.place.release, "--output", "json"]).await {
+            Ok(status) => {
+                let status: Value = serde_json::from_str(&status).context("read the answer of `helm status`")?;
+                Ok(Some(status["info"]["status"].as_str().unwrap_or_default().to_owned()))
+            }
+            Err(error) if format!("{error:#}").contains("release: not found") => Ok(None),
+            Err(error) => Err(error),
         }
-        let values = self.run(&["get", "values", &self.place.release, "--all", "--output", "json"]).await?;
-        serde_json::from_str(&values).context("read the answer of `helm get values`").map(Some)
     }
 
-    /// Removes the release.
+    /// The values of the release, with the defaults; `None` if it is not installed.
+    ///
+    /// # Errors
+    /// Also when another operation of Helm was interrupted, or runs.
+    pub async fn values(&self) -> anyhow::Result<Option<Value>> {
+        let release = &self.place.release;
+        match self.status().await?.as_deref() {
+            None | Some("uninstalled") => Ok(None),
+            Some(state) if state.starts_with("pending") => bail!(
+                "release {release} is {state}: another Helm command runs, or was interrupted; if none runs: `helm rollback {release}`, or \
+                 `helm uninstall {release}` where it was never installed, with --namespace {}",
+                self.place.namespace
+            ),
+            Some(_) => self.kept_values().await.map(Some),
+        }
+    }
+
+    /// The values of a release in any state.
+    pub async fn kept_values(&self) -> anyhow::Result<Value> {
+        let values = self.run(&["get", "values", &self.place.release, "--all", "--output", "json"]).await?;
+        serde_json::from_str(&values).context("read the answer of `helm get values`")
+    }
+
+    /// Removes the objects of the release. Its values are kept until [`Self::purge`], so that the command can be repeated.
     pub async fn uninstall(&self, timeout: u64) -> anyhow::Result<()> {
         let timeout = format!("{timeout}s");
-        let arguments = ["uninstall", &self.place.release, "--ignore-not-found", "--wait", "--timeout", &timeout];
-        self.run(&arguments).await.map(drop)
+        self.run(&["uninstall", &self.place.release, "--keep-history", "--wait", "--timeout", &timeout]).await.map(drop)
+    }
+
+    /// Forgets a release that was removed.
+    pub async fn purge(&self) -> anyhow::Result<()> {
+        self.run(&["uninstall", &self.place.release, "--ignore-not-found"]).await.map(drop)
+    }
+
+    /// Other releases of the namespace.
+    pub async fn others(&self) -> anyhow::Result<Vec<String>> {
+        let releases = self.run(&["list", "--short"]).await?;
+        Ok(releases.lines().filter(|it| *it != self.place.release).map(str::to_owned).collect())
     }
 }
 

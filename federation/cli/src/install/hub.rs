@@ -2,13 +2,12 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::json;
 
 use super::helm::Helm;
-use super::target::{Target, create_namespace, followed, hub_service, outside_host};
-use super::{Settings, block_on, digest};
+use super::target::{Target, create_namespace, followed, hub_service, is_balanced, outside_host};
+use super::{Settings, block_on, check_digest, print};
 use crate::output;
 
 /// Install the hub of a ClusterSet, with its operator, in the management cluster; or upgrade it.
@@ -20,16 +19,16 @@ use crate::output;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  hanse install --kube-context management --registry registry.example/hanse --hub-digest sha256:…
-  hanse install --registry registry.example/hanse --hub-digest sha256:… --set hub.service.type=ClusterIP
-  hanse install --registry registry.example/hanse --hub-digest sha256:… --values hub.yaml --dry-run | less")]
+  hanse install --kube-context management --registry $REGISTRY --hub-digest $DIGEST
+  hanse install --registry $REGISTRY --hub-digest $DIGEST --set hub.service.type=ClusterIP
+  hanse install --registry $REGISTRY --hub-digest $DIGEST --values hub.yaml --dry-run | less")]
 pub struct Install {
     #[command(flatten, next_help_heading = "Cluster")]
     target: Target,
     #[command(flatten)]
     settings: Settings,
     /// Digest of the image `hanse-hub`.
-    #[arg(long, value_name = "DIGEST", value_parser = digest, help_heading = "Release")]
+    #[arg(long, value_name = "DIGEST", help_heading = "Release")]
     hub_digest: String,
 }
 
@@ -49,6 +48,7 @@ impl Install {
 
     async fn install(self) -> anyhow::Result<ExitCode> {
         let Self { target, settings, hub_digest } = self;
+        check_digest("--hub-digest", &hub_digest)?;
         let place = &settings.place;
         let helm = Helm::new(&target, place).await?;
         let client = target.open().await?;
@@ -62,16 +62,24 @@ impl Install {
             values["hub"]["service"] = json!({"type": "LoadBalancer"});
         }
         if settings.dry_run {
-            return output::exit(output::line(helm.install(&values, &settings).await?), false);
+            return print(&helm.install(&values, &settings).await?);
         }
         create_namespace(&client, &place.namespace, false).await?;
         let doing = if is_upgrade { "upgrading" } else { "installing" };
         output::note(format_args!("{doing} the hub in namespace {} of {}", place.namespace, target.title()));
         let (installed, pods) = followed(&client, place, helm.install(&values, &settings)).await;
-        installed.with_context(|| match pods.as_str() {
-            "" => "install the hub".to_owned(),
-            pods => format!("install the hub (pods that are ready: {pods})"),
-        })?;
+        if let Err(error) = installed {
+            let service = hub_service(&client, place).await.ok().flatten();
+            let waits = service.is_some_and(|it| is_balanced(&it) && outside_host(&it).is_none());
+            let why = match waits {
+                true => {
+                    " (the Service has no load balancer: without a controller for them, give --set hub.service.type=NodePort or \
+                    ClusterIP, and addresses to `hanse join` with --hub and --join)"
+                }
+                false => "",
+            };
+            return Err(error.context(format!("install the hub; ready: {pods}{why}")));
+        }
         let service = hub_service(&client, place).await?;
         let address = service.as_ref().and_then(outside_host);
         let installed =

@@ -7,21 +7,20 @@ use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use hanse_kubernetes::answered;
 use k8s_openapi::api::core::v1::{Namespace, Node, Secret, Taint};
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::helm::Helm;
+use super::rollout::ready;
 use super::target::{
-    CREATED, FIELD_MANAGER, Target, condition, create_namespace, custom_resources, followed, hub_service, outside_host,
-    until,
+    CREATED, FIELD_MANAGER, JOIN_SECRET, Target, condition, create_namespace, custom_resources, delete_token_secret,
+    followed, hub_service, ignore_missing, is_balanced, outside_host, until,
 };
-use super::{Place, Settings, block_on, digest, engines, label};
+use super::{Place, Settings, block_on, check_digest, engines, label, print};
 use crate::output;
 
-/// The Secret of the token in the cluster that joins.
-pub const JOIN_SECRET: &str = "hanse-join";
 /// The key of the token in its Secret.
 const TOKEN: &str = "token";
 
@@ -39,9 +38,11 @@ const TOKEN: &str = "token";
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  hanse join --kube-context train --hub-context management --cluster train --registry registry.example/hanse \\
-    --member-digest sha256:… --agent-digest sha256:…
-  hanse join --kubeconfig train.kubeconfig --hub-kubeconfig management.kubeconfig --cluster train … --enforcement Enforce")]
+  hanse join --kube-context train --hub-context management --cluster train \\
+    --registry $REGISTRY --member-digest $MEMBER_DIGEST --agent-digest $AGENT_DIGEST
+  hanse join --kube-context train --hub-context management --cluster train \\
+    --registry $REGISTRY --member-digest $MEMBER_DIGEST --agent-digest $AGENT_DIGEST \\
+    --enforcement Enforce")]
 pub struct Join {
     #[command(flatten, next_help_heading = "Cluster")]
     target: Target,
@@ -69,10 +70,10 @@ pub struct Join {
     #[command(flatten)]
     settings: Settings,
     /// Digest of the image `hanse-member`.
-    #[arg(long, value_name = "DIGEST", value_parser = digest, help_heading = "Release")]
+    #[arg(long, value_name = "DIGEST", help_heading = "Release")]
     member_digest: String,
     /// Digest of the image `hanse-agent`.
-    #[arg(long, value_name = "DIGEST", value_parser = digest, help_heading = "Release")]
+    #[arg(long, value_name = "DIGEST", help_heading = "Release")]
     agent_digest: String,
     /// Whether nodes drop what policy denies [default: Observe beside another policy engine, else Enforce; an upgrade changes nothing].
     #[arg(long, value_enum, help_heading = "Release")]
@@ -113,6 +114,8 @@ impl Join {
     }
 
     async fn join_cluster(self) -> anyhow::Result<ExitCode> {
+        check_digest("--member-digest", &self.member_digest)?;
+        check_digest("--agent-digest", &self.agent_digest)?;
         let (settings, place, name) = (&self.settings, &self.settings.place, &self.cluster);
         let helm = Helm::new(&self.target, place).await?;
         let client = self.target.open().await?;
@@ -152,7 +155,7 @@ impl Join {
                 "enabled": true, "image": {"digest": self.member_digest}, "cluster": name, "enforcement": enforcement,
                 "hub": {"addresses": hubs, "joinAddresses": joins, "tokenSecret": {"name": JOIN_SECRET, "key": TOKEN}},
             },
-            "agent": {"enabled": true, "image": {"digest": self.agent_digest}},
+            "agent": {"enabled": true, "cleanup": false, "image": {"digest": self.agent_digest}},
         });
         // Two members use the same ports of their nodes. An upgrade changes nothing.
         if !is_upgrade && nodes(&client).await? < 2 {
@@ -160,7 +163,7 @@ impl Join {
             values["member"]["replicas"] = json!(1);
         }
         if settings.dry_run {
-            return output::exit(output::line(helm.install(&values, settings).await?), false);
+            return print(&helm.install(&values, settings).await?);
         }
         create_namespace(&client, &place.namespace, true).await?;
         let is_member = hub.has(name).await?;
@@ -180,7 +183,7 @@ impl Join {
         })?;
         hub.connected(name, settings).await?;
         hub.remove_token(name).await?;
-        let nodes = super::uninstall::agents(&client, place).await?.map_or(0, |it| it.ready);
+        let nodes = ready(&client, place, settings.timeout()).await?;
         let joined = Joined {
             cluster: name.clone(),
             namespace: place.namespace.clone(),
@@ -209,6 +212,9 @@ impl Join {
         management: &Target,
         client: &Client,
     ) -> anyhow::Result<(Vec<String>, Vec<String>)> {
+        if !self.hub.is_empty() {
+            return Ok((self.hub.clone(), self.join.clone()));
+        }
         let place = &hub.place;
         let Some(service) = hub_service(&hub.client, place).await? else {
             bail!(
@@ -219,9 +225,6 @@ impl Join {
                 place.release
             );
         };
-        if !self.hub.is_empty() {
-            return Ok((self.hub.clone(), self.join.clone()));
-        }
         if cluster_id(client).await? == cluster_id(&hub.client).await? {
             let own = &self.settings.place;
             if (&own.namespace, &own.release) == (&place.namespace, &place.release) {
@@ -230,9 +233,8 @@ impl Join {
             let host = format!("{}.{}.svc", service.name_any(), place.namespace);
             return Ok((vec![format!("{host}:7443")], vec![format!("{host}:7444")]));
         }
-        let is_balanced = service.spec.as_ref().and_then(|it| it.type_.as_deref()) == Some("LoadBalancer");
         let name = format!("{}/{}", place.namespace, service.name_any());
-        if !is_balanced {
+        if !is_balanced(&service) {
             bail!(
                 "the hub's Service {name} has no address for other clusters: set the value hub.service.type=LoadBalancer of the \
                  hub's release, or give --hub and --join"
@@ -282,6 +284,7 @@ impl Hub {
     /// A token of the cluster that was not used, in base64: that of its ClusterJoinToken, which is created if needed.
     async fn token(&self, cluster: &str, settings: &Settings) -> anyhow::Result<Value> {
         let api = custom_resources(&self.client, "ClusterJoinToken", "clusterjointokens");
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.place.namespace);
         let doing = || format!("create ClusterJoinToken {cluster}");
         let before = answered(api.get_opt(cluster)).await.with_context(doing)?;
         if let Some(before) = &before {
@@ -291,9 +294,15 @@ impl Hub {
             }
             let ended =
                 ["Used", "Expired"].into_iter().any(|kind| condition(before, kind).is_some_and(|it| it.0 == "True"));
-            if ended || before.metadata.deletion_timestamp.is_some() {
-                output::note(format_args!("ClusterJoinToken {cluster} was used, or has expired: it is replaced"));
-                self.delete_token(cluster, before.data["spec"]["secretName"].as_str(), settings).await?;
+            let is_issued = condition(before, "Issued").is_some_and(|it| it.0 == "True");
+            let has_secret = match before.data["spec"]["secretName"].as_str() {
+                Some(secret) if is_issued => answered(secrets.get_opt(secret)).await.with_context(doing)?.is_some(),
+                _ => true,
+            };
+            if ended || !has_secret || before.metadata.deletion_timestamp.is_some() {
+                let note = "was used, has expired, or has no Secret any more: it is replaced";
+                output::note(format_args!("ClusterJoinToken {cluster} {note}"));
+                self.delete_token(before, settings).await?;
             }
         }
         let token = match answered(api.get_opt(cluster)).await.with_context(doing)? {
@@ -318,36 +327,30 @@ impl Hub {
         })
         .await?;
         let secret = token.data["spec"]["secretName"].as_str().unwrap_or_default();
-        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.place.namespace);
         let reading = || format!("read Secret {secret} of namespace {}", self.place.namespace);
         let secret = answered(secrets.get(secret)).await.with_context(reading)?;
         let token = secret.data.unwrap_or_default().remove(TOKEN).context("it has no token").with_context(reading)?;
         serde_json::to_value(token).context("write the token")
     }
 
-    async fn delete_token(&self, cluster: &str, secret: Option<&str>, settings: &Settings) -> anyhow::Result<()> {
-        let api = custom_resources(&self.client, "ClusterJoinToken", "clusterjointokens");
-        let doing = || format!("delete ClusterJoinToken {cluster}");
-        answered(async { Ok(api.delete(cluster, &DeleteParams::default()).await) })
-            .await?
-            .map(drop)
-            .or_else(ignore_missing)
-            .with_context(doing)?;
+    /// Deletes a ClusterJoinToken and its Secret. Another one of the same name stays.
+    async fn delete_token(&self, token: &DynamicObject, settings: &Settings) -> anyhow::Result<()> {
+        let (api, name) = (custom_resources(&self.client, "ClusterJoinToken", "clusterjointokens"), token.name_any());
+        let doing = || format!("delete ClusterJoinToken {name}");
+        let deleted = answered(async { Ok(api.delete(&name, &DeleteParams::default()).await) }).await?;
+        deleted.map(drop).or_else(ignore_missing).with_context(doing)?;
         until(settings.timeout(), &doing(), async || {
-            Ok(match answered(api.get_opt(cluster)).await? {
+            let now = answered(api.get_opt(&name)).await?;
+            Ok(match now.filter(|it| it.metadata.uid == token.metadata.uid) {
                 None => Ok(()),
                 Some(_) => Err("the hub's operator has not deleted it yet".to_owned()),
             })
         })
         .await?;
         // The API server deletes it only after a while.
-        if let Some(secret) = secret {
+        if let Some(secret) = token.data["spec"]["secretName"].as_str() {
             let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.place.namespace);
-            answered(async { Ok(secrets.delete(secret, &DeleteParams::default()).await) })
-                .await?
-                .map(drop)
-                .or_else(ignore_missing)
-                .with_context(|| format!("delete Secret {secret}"))?;
+            delete_token_secret(&secrets, secret, token).await?;
         }
         Ok(())
     }
@@ -390,14 +393,6 @@ impl Hub {
             ));
         }
         Ok(())
-    }
-}
-
-/// An object that does not exist needs no deletion.
-pub fn ignore_missing(error: kube::Error) -> anyhow::Result<()> {
-    match error {
-        kube::Error::Api(status) if status.code == 404 => Ok(()),
-        error => Err(anyhow::anyhow!(hanse_kubernetes::message(error))),
     }
 }
 

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use hanse_kubernetes::{Access, answered};
-use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
-use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams};
+use k8s_openapi::api::core::v1::{Namespace, Pod, Secret, Service};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use tokio::time::Instant;
@@ -18,6 +19,8 @@ use crate::output;
 pub const FIELD_MANAGER: &str = "hanse";
 /// The label of objects that these commands created, and may delete.
 pub const CREATED: (&str, &str) = ("app.kubernetes.io/managed-by", "hanse");
+/// The Secret of the token in the cluster that joins.
+pub const JOIN_SECRET: &str = "hanse-join";
 /// The oldest minor version of Kubernetes 1 that is supported.
 const MINOR: u32 = 31;
 
@@ -91,6 +94,12 @@ pub async fn create_namespace(client: &Client, name: &str, privileged: bool) -> 
         return Ok(());
     };
     match namespace.labels().get(LEVEL).map(String::as_str) {
+        // An earlier command created it without agents.
+        None if privileged && namespace.labels().get(CREATED.0).is_some_and(|by| by == CREATED.1) => {
+            let label = json!({"metadata": {"labels": {LEVEL: "privileged"}}});
+            let labelled = api.patch(name, &PatchParams::default(), &Patch::Merge(&label)).await;
+            labelled.map(drop).map_err(|error| anyhow::anyhow!(hanse_kubernetes::message(error))).with_context(doing)
+        }
         Some(level) if privileged && level != "privileged" => bail!(
             "the namespace {name} has the Pod Security level {level}, but agents use the network of their nodes: \
              kubectl label --overwrite namespace {name} {LEVEL}=privileged"
@@ -115,6 +124,11 @@ pub async fn hub_service(client: &Client, place: &Place) -> anyhow::Result<Optio
     Ok(serving.min_by_key(|it| it.name_any().len()))
 }
 
+/// Whether a Service waits for a load balancer.
+pub fn is_balanced(service: &Service) -> bool {
+    service.spec.as_ref().and_then(|it| it.type_.as_deref()) == Some("LoadBalancer")
+}
+
 /// The host at which a Service is reached from outside of its cluster.
 pub fn outside_host(service: &Service) -> Option<String> {
     let ingress = service.status.as_ref()?.load_balancer.as_ref()?.ingress.as_ref()?;
@@ -124,7 +138,7 @@ pub fn outside_host(service: &Service) -> Option<String> {
 /// What the pods of a release do, in words: `hub 1/1, agent 2/3 (ImagePullBackOff)`.
 async fn pods(client: &Client, place: &Place) -> anyhow::Result<String> {
     let api: Api<Pod> = Api::namespaced(client.clone(), &place.namespace);
-    let labels = format!("app.kubernetes.io/name=hanse,app.kubernetes.io/instance={}", place.release);
+    let labels = of_release(place);
     let list = answered(api.list(&ListParams::default().labels(&labels))).await?;
     let mut components = std::collections::BTreeMap::<String, (usize, usize, Option<String>)>::new();
     for pod in list.items.iter().filter(|it| it.metadata.deletion_timestamp.is_none()) {
@@ -149,7 +163,7 @@ async fn pods(client: &Client, place: &Place) -> anyhow::Result<String> {
     Ok(components.into_iter().map(text).collect::<Vec<_>>().join(", "))
 }
 
-/// Runs `work`, and meanwhile tells what the pods of a release do, each time that changes. Returns with the result what they did last.
+/// Runs `work`, and reports each change of the readiness of a release's pods meanwhile. Also returns the last report.
 pub async fn followed<T>(client: &Client, place: &Place, work: impl Future<Output = T>) -> (T, String) {
     let mut said = String::new();
     let mut work = std::pin::pin!(work);
@@ -169,7 +183,7 @@ pub async fn followed<T>(client: &Client, place: &Place, work: impl Future<Outpu
     }
 }
 
-/// Waits until `look` returns a value. It also returns what to tell meanwhile.
+/// Waits until `look` returns a value. Its error text is reported when it changes.
 pub async fn until<T>(
     timeout: Duration,
     what: &str,
@@ -194,4 +208,29 @@ pub async fn until<T>(
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
+}
+
+/// The labels of all objects of a release.
+pub fn of_release(place: &Place) -> String {
+    format!("app.kubernetes.io/name=hanse,app.kubernetes.io/instance={}", place.release)
+}
+
+/// An object that does not exist needs no deletion.
+pub fn ignore_missing(error: kube::Error) -> anyhow::Result<()> {
+    match error {
+        kube::Error::Api(status) if status.code == 404 => Ok(()),
+        error => Err(anyhow::anyhow!(hanse_kubernetes::message(error))),
+    }
+}
+
+/// Deletes the Secret of a token, if the hub created it for this ClusterJoinToken.
+pub async fn delete_token_secret(secrets: &Api<Secret>, name: &str, token: &DynamicObject) -> anyhow::Result<()> {
+    let doing = || format!("delete Secret {name}");
+    let found = answered(secrets.get_opt(name)).await.with_context(doing)?;
+    let is_owner = |it: &OwnerReference| Some(&it.uid) == token.metadata.uid.as_ref();
+    if !found.is_some_and(|it| it.owner_references().iter().any(is_owner)) {
+        return Ok(());
+    }
+    let deleted = answered(async { Ok(secrets.delete(name, &DeleteParams::default()).await) }).await?;
+    deleted.map(drop).or_else(ignore_missing).with_context(doing)
 }

@@ -5,7 +5,6 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use hanse_kubernetes::answered;
-use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, PersistentVolumeClaim, Pod, Secret};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -17,8 +16,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::helm::Helm;
-use super::join::{JOIN_SECRET, ignore_missing};
-use super::target::{CREATED, Target, custom_resources, until};
+use super::rollout::agents;
+use super::target::{
+    CREATED, JOIN_SECRET, Target, custom_resources, delete_token_secret, ignore_missing, of_release, until,
+};
 use super::{Place, block_on};
 use crate::output::{self, Format, UsageError};
 
@@ -77,37 +78,6 @@ struct Uninstalled {
     left: Vec<String>,
 }
 
-/// The agents of a release.
-pub struct Agents {
-    wanted: usize,
-    updated: usize,
-    pub ready: usize,
-}
-
-/// The state of the agents; `None`: the release has none.
-pub async fn agents(client: &Client, place: &Place) -> anyhow::Result<Option<Agents>> {
-    let api: Api<DaemonSet> = Api::namespaced(client.clone(), &place.namespace);
-    let labels = format!("{},app.kubernetes.io/component=agent", of(place));
-    let found =
-        answered(api.list(&ListParams::default().labels(&labels))).await.context("read the DaemonSet of the agents")?;
-    let Some(set) = found.items.into_iter().next() else { return Ok(None) };
-    let Some(status) = &set.status else { return Ok(Some(Agents { wanted: usize::MAX, updated: 0, ready: 0 })) };
-    let number = |it: Option<i32>| usize::try_from(it.unwrap_or_default()).unwrap_or_default();
-    if status.observed_generation != set.metadata.generation {
-        return Ok(Some(Agents { wanted: number(Some(status.desired_number_scheduled)), updated: 0, ready: 0 }));
-    }
-    Ok(Some(Agents {
-        wanted: number(Some(status.desired_number_scheduled)),
-        updated: number(status.updated_number_scheduled),
-        ready: number(Some(status.number_ready)),
-    }))
-}
-
-/// The labels of all objects of a release.
-fn of(place: &Place) -> String {
-    format!("app.kubernetes.io/name=hanse,app.kubernetes.io/instance={}", place.release)
-}
-
 impl Uninstall {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         block_on(self.uninstall())
@@ -124,22 +94,34 @@ impl Uninstall {
                 Some(Target { kubeconfig: file, kube_context: context.clone() }.open().await?)
             }
         };
-        let Some(values) = helm.values().await? else {
-            bail!("no Helm release {} in namespace {} of {}", place.release, place.namespace, target.title());
+        let Some(state) = helm.status().await? else {
+            bail!(
+                "no Helm release {} in namespace {} of {}; what another program installed is removed by that",
+                place.release,
+                place.namespace,
+                target.title()
+            );
         };
+        // An earlier run may have ended after any step.
+        let is_removed = state == "uninstalled";
+        let values = if is_removed { helm.kept_values().await? } else { helm.values().await?.unwrap_or_default() };
         let has = |component: &str| values[component]["enabled"] == true;
         if has("hub") && !self.delete_clusterset {
             let text = "the release contains the hub of the ClusterSet, with its root key: to remove it, give --delete-clusterset";
             return Err(UsageError(text.to_owned()).into());
         }
         let cluster = has("member").then(|| values["member"]["cluster"].as_str().unwrap_or_default().to_owned());
-        if has("hub") {
+        if has("hub") && !is_removed {
             self.check_clusters(&client, cluster.as_deref()).await?;
         }
         let mut left = Vec::new();
-        let nodes = if has("agent") { self.clean_nodes(&client, &helm, &mut left).await? } else { 0 };
+        // An interrupted removal may have removed the agents already.
+        let has_agents = !is_removed && state != "uninstalling" && agents(&client, place).await?.is_some();
+        let nodes = if has_agents { self.clean_nodes(&client, &helm, &mut left).await? } else { 0 };
         output::note(format_args!("removing release {} of {}", place.release, target.title()));
-        helm.uninstall(self.timeout).await?;
+        if !is_removed {
+            helm.uninstall(self.timeout).await?;
+        }
         self.remove_rest(&client, &values).await?;
         if has("hub") {
             self.remove_custom_resources(&client).await?;
@@ -159,11 +141,13 @@ impl Uninstall {
                 )),
             }
         }
-        self.remove_namespace(&client, &mut left).await?;
+        let others = helm.others().await?;
+        helm.purge().await?;
+        self.remove_namespace(&client, &others, &mut left).await?;
         let uninstalled =
             Uninstalled { namespace: place.namespace.clone(), release: place.release.clone(), cluster, nodes, left };
         let count = output::count(nodes, "node");
-        let done = match has("agent") {
+        let done = match has_agents {
             true => format!("Hanse is removed from {}, and its rules from {count}", target.title()),
             false => format!("Hanse is removed from {}", target.title()),
         };
@@ -177,6 +161,11 @@ impl Uninstall {
     /// No other cluster belongs to the ClusterSet.
     async fn check_clusters(&self, client: &Client, own: Option<&str>) -> anyhow::Result<()> {
         let api = custom_resources(client, "MemberCluster", "memberclusters");
+        if !self.force && answered(async { Ok(api.list(&ListParams::default().limit(1)).await) }).await?.is_err() {
+            bail!(
+                "the clusters of the ClusterSet cannot be listed here, since the hub has no operator: remove Hanse from them, and give --force"
+            );
+        }
         let clusters: Vec<String> =
             list(&api).await?.iter().map(ResourceExt::name_any).filter(|it| Some(it.as_str()) != own).collect();
         if clusters.is_empty() || self.force {
@@ -196,7 +185,7 @@ impl Uninstall {
         let clean = until(std::time::Duration::from_secs(self.timeout), "remove the rules of nodes", async || {
             Ok(match agents(client, &self.place).await? {
                 None => Ok(0),
-                Some(it) if it.updated >= it.wanted && it.ready >= it.wanted => Ok(it.wanted),
+                Some(it) if it.are_ready() => Ok(it.wanted),
                 Some(it) => Err(format!("rules removed from {} of {} nodes", it.updated.min(it.ready), it.wanted)),
             })
         });
@@ -207,7 +196,8 @@ impl Uninstall {
                 if !self.force {
                     let nodes = if nodes.is_empty() { String::new() } else { format!(" on {}", nodes.join(", ")) };
                     return Err(error.context(format!(
-                        "rules may be in force{nodes}: repeat the command when these nodes are ready, or give --force"
+                        "rules may be in force{nodes}; all other nodes are open. When these nodes are ready, repeat the command, or give \
+                         --force; to enforce again instead, repeat `hanse join`"
                     )));
                 }
                 left.extend(nodes.iter().map(|node| format!("rules and /var/lib/hanse of node {node}")));
@@ -219,7 +209,7 @@ impl Uninstall {
     /// Nodes with a pod of the agents that has not removed their rules.
     async fn unclean(&self, client: &Client) -> anyhow::Result<Vec<String>> {
         let api: Api<Pod> = Api::namespaced(client.clone(), &self.place.namespace);
-        let labels = format!("{},app.kubernetes.io/component=agent", of(&self.place));
+        let labels = format!("{},app.kubernetes.io/component=agent", of_release(&self.place));
         let pods = answered(api.list(&ListParams::default().labels(&labels))).await.context("read the agents' pods")?;
         let is_clean = |pod: &Pod| {
             let spec = pod.spec.as_ref();
@@ -235,7 +225,7 @@ impl Uninstall {
 
     /// Objects of the release's namespace that Helm keeps, or that the programs created.
     async fn remove_rest(&self, client: &Client, values: &Value) -> anyhow::Result<()> {
-        let labels = of(&self.place);
+        let labels = of_release(&self.place);
         let name = match self.place.release.contains("hanse") {
             true => self.place.release.clone(),
             false => format!("{}-hanse", self.place.release),
@@ -247,11 +237,11 @@ impl Uninstall {
         delete_labelled::<Lease>(client, namespace, &labels).await?;
         // The programs create them without the labels of the release.
         let leases: Api<Lease> = Api::namespaced(client.clone(), namespace);
-        for lease in answered(leases.list(&ListParams::default())).await.context("list Leases")? {
-            let lease = lease.name_any();
-            if lease.starts_with(&format!("{name}-")) || lease == "hanse-hub-operator" {
-                delete(&leases, &lease).await?;
-            }
+        if values["member"]["enabled"] == true {
+            delete(&leases, &format!("{name}-member")).await?;
+        }
+        if values["hub"]["enabled"] == true {
+            delete(&leases, "hanse-hub-operator").await?;
         }
         let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
         let token = values["member"]["hub"]["tokenSecret"]["name"].as_str().filter(|it| *it == JOIN_SECRET);
@@ -261,7 +251,7 @@ impl Uninstall {
         Ok(())
     }
 
-    /// Removes all kinds of hanse.dev, with their objects. The hub does not run any more: nobody else removes its finalizer.
+    /// Removes all kinds of hanse.dev, with their objects. The hub does not run any more, so that its finalizer is removed here.
     async fn remove_custom_resources(&self, client: &Client) -> anyhow::Result<()> {
         let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
         let all =
@@ -272,7 +262,7 @@ impl Uninstall {
         let secrets: Api<Secret> = Api::namespaced(client.clone(), &self.place.namespace);
         for token in list(&tokens).await.unwrap_or_default() {
             if let Some(secret) = token.data["spec"]["secretName"].as_str() {
-                delete(&secrets, secret).await?;
+                delete_token_secret(&secrets, secret, &token).await?;
             }
         }
         ours.sort_by_key(ResourceExt::name_any);
@@ -323,7 +313,7 @@ impl Uninstall {
     }
 
     /// Removes the namespace, if these commands created it.
-    async fn remove_namespace(&self, client: &Client, left: &mut Vec<String>) -> anyhow::Result<()> {
+    async fn remove_namespace(&self, client: &Client, others: &[String], left: &mut Vec<String>) -> anyhow::Result<()> {
         let (api, name): (Api<Namespace>, _) = (Api::all(client.clone()), &self.place.namespace);
         let Some(namespace) = answered(api.get_opt(name)).await.with_context(|| format!("read namespace {name}"))?
         else {
@@ -333,7 +323,16 @@ impl Uninstall {
             left.push(format!("namespace {name}, which another program created"));
             return Ok(());
         }
+        if !others.is_empty() {
+            left.push(format!("namespace {name}, which contains other releases: {}", others.join(", ")));
+            return Ok(());
+        }
         delete(&api, name).await?;
+        if self.force {
+            // Pods of a node that does not answer keep it.
+            left.push(format!("namespace {name}, until all of its pods have ended"));
+            return Ok(());
+        }
         until(std::time::Duration::from_secs(self.timeout), &format!("remove namespace {name}"), async || {
             Ok(match answered(api.get_opt(name)).await? {
                 None => Ok(()),
@@ -380,19 +379,29 @@ async fn remove_taints(client: &Client) -> anyhow::Result<()> {
     const TAINT: &str = "hanse.dev/agent-not-ready";
     let api: Api<Node> = Api::all(client.clone());
     for node in answered(api.list(&ListParams::default())).await.context("list nodes")? {
-        let Some(taints) = node.spec.as_ref().and_then(|it| it.taints.as_ref()) else { continue };
-        let kept: Vec<_> = taints.iter().filter(|it| it.key != TAINT).collect();
-        if kept.len() == taints.len() {
-            continue;
-        }
         let name = node.name_any();
-        // Only if no other taint has changed since.
-        let patch = json!({
-            "metadata": {"resourceVersion": node.resource_version()}, "spec": {"taints": kept},
-        });
-        answered(api.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)))
-            .await
-            .with_context(|| format!("remove the taint {TAINT} of node {name}"))?;
+        let mut current = Some(node);
+        // Kubelets write their nodes often: a conflict is tried again.
+        for attempt in 1.. {
+            let Some(node) = &current else { break };
+            let Some(taints) = node.spec.as_ref().and_then(|it| it.taints.as_ref()) else { break };
+            let kept: Vec<_> = taints.iter().filter(|it| it.key != TAINT).collect();
+            if kept.len() == taints.len() {
+                break;
+            }
+            let patch = json!({"metadata": {"resourceVersion": node.resource_version()}, "spec": {"taints": kept}});
+            let (parameters, patch) = (PatchParams::default(), Patch::Merge(&patch));
+            match answered(async { Ok(api.patch(&name, &parameters, &patch).await) }).await? {
+                Err(kube::Error::Api(status)) if status.code == 409 && attempt < 10 => {
+                    current = answered(api.get_opt(&name)).await.with_context(|| format!("read node {name}"))?;
+                }
+                patched => {
+                    let removing = || format!("remove the taint {TAINT} of node {name}");
+                    patched.map(drop).or_else(ignore_missing).with_context(removing)?;
+                    break;
+                }
+            }
+        }
     }
     Ok(())
 }

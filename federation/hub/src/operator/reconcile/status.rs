@@ -64,7 +64,7 @@ impl Reconciler {
 
     /// Takes the answers to statuses. One that failed is sent again later, and delays nothing else.
     fn take_written(&mut self) {
-        let (now, mut failed) = (Instant::now(), 0_usize);
+        let (now, mut failed) = (Instant::now(), BTreeMap::<Resource, usize>::new());
         for (key, patched) in self.statuses.take() {
             let why = match patched {
                 Patched::Made(object) => {
@@ -79,14 +79,15 @@ impl Reconciler {
                 Patched::Refused(why) => why,
                 Patched::Failed(error) => format!("{error:#}"),
             };
-            failed += 1;
-            if failed == 1 {
+            let count = failed.entry(key.resource).or_default();
+            *count += 1;
+            if *count == 1 {
                 warn!(object = %key, error = why, "status not written");
             }
             self.tracked.get_mut(&key).into_iter().for_each(|it| it.write_refused(now));
         }
-        if failed > 1 {
-            warn!(failed, "statuses not written");
+        for (resource, failed) in failed.into_iter().filter(|(_, count)| *count > 1) {
+            warn!(kind = resource.name(), failed, "statuses not written");
         }
     }
 
