@@ -20,8 +20,8 @@ use crate::output;
 #[command(after_help = "\
 Examples:
   hanse install --kube-context management --registry $REGISTRY --hub-digest $DIGEST
-  hanse install --registry $REGISTRY --hub-digest $DIGEST --set hub.service.type=ClusterIP
-  hanse install --registry $REGISTRY --hub-digest $DIGEST --values hub.yaml --dry-run | less")]
+  hanse install --registry $REGISTRY --hub-digest $DIGEST --set hub.service.type=NodePort
+  hanse install --registry $REGISTRY --hub-digest $DIGEST --values hub.yaml --dry-run")]
 pub struct Install {
     #[command(flatten, next_help_heading = "Cluster")]
     target: Target,
