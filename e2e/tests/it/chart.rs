@@ -255,6 +255,14 @@ fn wrong_values_are_refused_by_name() {
             json!({"image": {"digest": DIGEST}, "operator": {"enabled": true}, "webhook": {"enabled": true}, "enabled": true}),
             "hub.webhook.from and hub.webhook.clientCA.secretName",
         ),
+        (
+            "hub",
+            json!({
+                "enabled": true, "image": {"digest": DIGEST}, "operator": {"enabled": true}, "networkPolicy": false,
+                "webhook": {"enabled": true, "from": [{"ipBlock": {"cidr": "192.0.2.1/32"}}]},
+            }),
+            "hub.webhook.clientCA.secretName is empty, and hub.networkPolicy is false",
+        ),
         ("hub.webhook.certificateSeconds", json!(1), "/hub/webhook/certificateSeconds"),
     ] {
         let refused = output(&mut template(&set(complete(), path, value.clone())), "");

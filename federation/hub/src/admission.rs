@@ -9,7 +9,8 @@
 //! PolicyApproval for it (`approval`).
 //!
 //! API servers authenticate with client certificates where an authority for them is given (`clients`). Without one, the port must be open
-//! to API servers only: a forged review can add an author to a change and so exclude an approver, but approves and opens nothing.
+//! to API servers only: a forged review can add an author to a change and so exclude an approver, and names any user in the audit log, but
+//! approves nothing: an approval counts where its PolicyApproval exists with the same spec (`approvals`).
 //!
 //! Each hub has its own key and a self-signed certificate, in memory only. It adds the certificate to the CA bundle of the
 //! ValidatingWebhookConfiguration, serves it when API servers know it, and replaces it well before its end. No key is stored or shared,

@@ -13,8 +13,8 @@ use kube::{Api, Client, ResourceExt};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::custom_resources::PolicyApproval;
-use crate::registry::records::{ApprovalRecord, encode};
+use crate::custom_resources::{ApprovalAction, PolicyApproval, PolicyApprovalSpec};
+use crate::registry::records::{ApprovalRecord, ChangeAction, encode};
 use crate::registry::{AuditAction, ChangeError, MAX_AGE, Registry, Snapshot, approval_key, change_key};
 
 /// Between two passes without an event.
@@ -23,6 +23,28 @@ const EVERY: Duration = Duration::from_secs(2);
 const MAX_UNUSED: u64 = 7 * 86_400;
 /// Records that one pass removes.
 const MAX_REMOVED: usize = 256;
+
+/// A PolicyApproval that exists.
+struct Existing {
+    name: String,
+    spec: PolicyApprovalSpec,
+}
+
+impl Existing {
+    /// Whether a record is of this PolicyApproval: a forged review can name its UID.
+    fn is_recorded_by(&self, record: &ApprovalRecord) -> bool {
+        let PolicyApprovalSpec { action, kind, name, uid, generation, digest } = &self.spec;
+        let action = match action {
+            ApprovalAction::Apply => ChangeAction::Apply,
+            ApprovalAction::Delete => ChangeAction::Delete,
+        };
+        record.object == format!("{kind}/{name}")
+            && record.uid == *uid
+            && record.action == action
+            && record.generation == *generation
+            && record.digest == *digest
+    }
+}
 
 /// Follows the PolicyApprovals.
 #[derive(Clone)]
@@ -37,8 +59,8 @@ impl Approvals {
     }
 
     pub(super) async fn run(self, stop: CancellationToken) {
-        // By UID: the names of those that exist.
-        let mut existing: BTreeMap<String, String> = BTreeMap::new();
+        // By UID.
+        let mut existing: BTreeMap<String, Existing> = BTreeMap::new();
         let mut listing = BTreeMap::new();
         let mut is_listed = false;
         let mut events = watcher(self.api.clone(), watcher::Config::default()).boxed();
@@ -49,17 +71,17 @@ impl Approvals {
                 event = events.next() => event,
                 () = tokio::time::sleep(EVERY) => None,
             };
-            let of = |it: &PolicyApproval| Some((it.uid()?, it.name_any()));
+            let of = |it: PolicyApproval| Some((it.uid()?, Existing { name: it.name_any(), spec: it.spec }));
             match event {
                 None => {}
                 Some(Ok(watcher::Event::Init)) => listing = BTreeMap::new(),
-                Some(Ok(watcher::Event::InitApply(it))) => listing.extend(of(&it)),
+                Some(Ok(watcher::Event::InitApply(it))) => listing.extend(of(it)),
                 Some(Ok(watcher::Event::InitDone)) => {
                     existing = std::mem::take(&mut listing);
                     is_listed = true;
                     backoff.reset();
                 }
-                Some(Ok(watcher::Event::Apply(it))) => existing.extend(of(&it)),
+                Some(Ok(watcher::Event::Apply(it))) => existing.extend(of(it)),
                 Some(Ok(watcher::Event::Delete(it))) => drop(it.uid().and_then(|uid| existing.remove(&uid))),
                 Some(Err(error)) => {
                     warn!(%error, "PolicyApprovals cannot be watched: new approvals have no effect");
@@ -74,12 +96,13 @@ impl Approvals {
         }
     }
 
-    async fn pass(&self, existing: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    async fn pass(&self, existing: &BTreeMap<String, Existing>) -> anyhow::Result<()> {
         let snapshot = self.registry.snapshot();
-        for (uid, name) in existing {
+        for (uid, approval) in existing {
+            let name = &approval.name;
             match snapshot.approvals.get(&**uid) {
                 Some(record) if record.seen => {}
-                Some(record) => self.confirm(uid, record).await?,
+                Some(record) => self.confirm(uid, approval, record).await?,
                 // It was used, or no webhook has seen it: then it has no effect. Another replica may have recorded it just now.
                 None if self.registry.has_approval(uid).await? => {}
                 None => {
@@ -99,12 +122,17 @@ impl Approvals {
         self.remove_old(&snapshot, existing).await
     }
 
-    /// Records that an approval exists.
-    async fn confirm(&self, uid: &str, record: &ApprovalRecord) -> anyhow::Result<()> {
+    /// Records that an approval exists. A record of another approval than this one is removed.
+    async fn confirm(&self, uid: &str, approval: &Existing, record: &ApprovalRecord) -> anyhow::Result<()> {
+        if !approval.is_recorded_by(record) {
+            let (name, object, who) = (&approval.name, &record.object, &record.who);
+            warn!(approval = name, uid, object, who, "review with the UID of another PolicyApproval has no effect");
+            return Ok(self.registry.remove_records(vec![approval_key(uid)?]).await?);
+        }
         let action =
             AuditAction { who: record.who.clone(), action: "approve", object: record.object.clone(), proposed: None };
         let decide = |snapshot: &Snapshot| {
-            let waits = snapshot.approvals.get(uid).filter(|it| !it.seen);
+            let waits = snapshot.approvals.get(uid).filter(|it| !it.seen && approval.is_recorded_by(it));
             let put = |it: &ApprovalRecord| {
                 let seen = ApprovalRecord { seen: true, ..it.clone() };
                 Ok::<_, ChangeError>(hanse_store::Transaction::default().put(approval_key(uid)?, encode(&seen)))
@@ -116,7 +144,7 @@ impl Approvals {
     }
 
     /// Removes the records of requests that led to nothing, and of approvals that were withdrawn.
-    async fn remove_old(&self, snapshot: &Snapshot, existing: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    async fn remove_old(&self, snapshot: &Snapshot, existing: &BTreeMap<String, Existing>) -> anyhow::Result<()> {
         let now = self.registry.now_seconds();
         let is_older = |at: u64, than: u64| now.saturating_sub(at) > than;
         let requested = MAX_AGE.as_secs();
@@ -140,5 +168,69 @@ impl Approvals {
             self.registry.remove_records(keys).await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hanse_runtime::shutdown::Shutdown;
+    use kube::Config;
+
+    use super::*;
+    use crate::registry::Clock;
+
+    fn record(digest: &str, who: &str) -> ApprovalRecord {
+        let (object, uid) = ("FederatedNetworkPolicy/web".to_owned(), "u".to_owned());
+        let (who, digest) = (who.to_owned(), digest.to_owned());
+        ApprovalRecord { at: 0, who, object, uid, action: ChangeAction::Apply, generation: 2, digest, seen: false }
+    }
+
+    #[tokio::test]
+    async fn forged_reviews_take_the_place_of_no_approval() {
+        hanse_identity::tls::install_provider();
+        let shutdown = Shutdown::default();
+        let (store, lease) = (hanse_store::in_memory(), Duration::from_secs(30));
+        let registry = Registry::open(store, lease, Clock::default(), &shutdown).await.expect("it opens");
+        let client = Client::try_from(Config::new("https://127.0.0.1:1".parse().expect("a URI"))).expect("a client");
+        let approvals = Approvals::new(client, registry.clone());
+        let spec = PolicyApprovalSpec {
+            action: ApprovalAction::Apply,
+            kind: "FederatedNetworkPolicy".to_owned(),
+            name: "web".to_owned(),
+            uid: "u".to_owned(),
+            generation: 2,
+            digest: "reviewed".to_owned(),
+        };
+        let approval = Existing { name: "a".to_owned(), spec };
+        let pass = async |uid: &str| {
+            let snapshot = registry.snapshot();
+            approvals.confirm(uid, &approval, &snapshot.approvals[uid]).await.expect("the store works");
+            registry.snapshot().approvals.get(uid).map(|it| ApprovalRecord::clone(it))
+        };
+
+        // After the review of the approval: it stays, also when the API server repeats its request later.
+        registry.record_approval("a", &record("reviewed", "bob")).await.expect("recorded");
+        for forged in [record("forged", "bob"), record("reviewed", "eve")] {
+            let refused = registry.record_approval("a", &forged).await;
+            assert!(matches!(&refused, Err(ChangeError::Conflict(text)) if text.contains("UID a")), "{refused:?}");
+        }
+        let again = ApprovalRecord { at: 9, ..record("reviewed", "bob") };
+        registry.record_approval("a", &again).await.expect("the same");
+        assert_eq!(pass("a").await, Some(ApprovalRecord { seen: true, ..record("reviewed", "bob") }));
+        registry.record_approval("a", &again).await.expect("the same, which the hub has seen");
+        assert!(registry.snapshot().approvals["a"].seen);
+
+        // Before it: what the object does not say is not approved.
+        for (uid, forged) in [
+            ("digest", record("forged", "bob")),
+            ("generation", ApprovalRecord { generation: 3, ..record("reviewed", "bob") }),
+            ("uid", ApprovalRecord { uid: "v".to_owned(), ..record("reviewed", "bob") }),
+            ("action", ApprovalRecord { action: ChangeAction::Delete, ..record("reviewed", "bob") }),
+            ("object", ApprovalRecord { object: "Tier/web".to_owned(), ..record("reviewed", "bob") }),
+        ] {
+            registry.record_approval(uid, &forged).await.expect("recorded");
+            assert_eq!(pass(uid).await, None, "another {uid}");
+        }
+        shutdown.drain(Duration::from_secs(10)).await;
     }
 }

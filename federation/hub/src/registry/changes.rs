@@ -60,16 +60,32 @@ impl Registry {
         self.write_unaudited(write).await
     }
 
-    /// Records the author of a PolicyApproval with this UID before its creation is allowed.
+    /// Records the author of a PolicyApproval with this UID before its creation is allowed. A record is never replaced: a later request
+    /// with the same UID would take the place of the approval that was reviewed.
     ///
     /// # Errors
-    /// When a limit is reached, or the store fails.
+    /// When a limit is reached, another approval has this UID, or the store fails.
     pub async fn record_approval(&self, uid: &str, approval: &ApprovalRecord) -> Result<(), ChangeError> {
         if self.snapshot().approvals.len() >= MAX_CHANGES {
             let text = format!("the limit of {MAX_CHANGES} unused approvals is reached: delete PolicyApprovals");
             return Err(ChangeError::Limit(text));
         }
-        self.write_unaudited(Transaction::default().put(key(&["approval", uid])?, records::encode(approval))).await
+        self.shared.availability.check()?;
+        let name = approval_key(uid)?;
+        let write =
+            Transaction::default().when(Compare::Absent(name.clone())).put(name.clone(), records::encode(approval));
+        if let Outcome::Committed(revision) = self.checked(self.shared.store.commit(write).await)? {
+            return self.shown(revision).await;
+        }
+        // An API server may send a request again.
+        let found = self.checked(self.shared.store.read(&name).await)?;
+        let found = found.and_then(|entry| records::decode::<ApprovalRecord>(&entry.value).ok());
+        if found.is_some_and(|it| ApprovalRecord { at: approval.at, seen: approval.seen, ..it } == *approval) {
+            return Ok(());
+        }
+        Err(ChangeError::Conflict(format!(
+            "metadata.uid: another approval has the UID {uid}: create the PolicyApproval again"
+        )))
     }
 
     /// Removes records that led to nothing.
