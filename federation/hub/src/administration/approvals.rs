@@ -10,7 +10,6 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use hanse_identity::Identity;
 use hanse_identity::spiffe::check_subdomain;
-use hanse_kubernetes::change::digest;
 use hanse_proto::federation::v1 as wire;
 use hanse_store::{Key, Transaction};
 
@@ -200,7 +199,8 @@ fn propose(
     id: &ObjectId,
     subject: &Subject<'_>,
 ) -> Result<Transaction, ChangeError> {
-    let digest = digest(subject.manifest);
+    let in_force = snapshot.objects.get(id).map(|object| &object.manifest[..]);
+    let digest = ProposalRecord::digest(subject.action, in_force, subject.manifest);
     let existing = snapshot.proposals.get(id);
     let is_same = |it: &&std::sync::Arc<ProposalRecord>| it.action == subject.action && it.digest == digest;
     let mut authors: BTreeSet<String> = existing.filter(is_same).map(|it| it.authors.clone()).unwrap_or_default();
@@ -260,8 +260,10 @@ fn approve(snapshot: &Snapshot, who: &Identity, id: &ObjectId, digest: &str) -> 
             "{who} is an author of the change of {id} ({authors}): another user must approve it"
         )));
     }
-    let is_outdated = proposal.action == ChangeAction::Delete && proposal.digest != self::digest(&manifest);
-    if proposal.digest != digest || is_outdated {
+    // Also where what is in force has changed since.
+    let before = snapshot.objects.get(id).map(|object| &object.manifest[..]);
+    let now = ProposalRecord::digest(proposal.action, before, &manifest);
+    if proposal.digest != digest || proposal.digest != now {
         return Err(ChangeError::Conflict(format!(
             "the change of {id} is another one now: review and approve it again"
         )));

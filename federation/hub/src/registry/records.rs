@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use hanse_exchange::hubs::{MAX_ANNOUNCED, read_list};
+use hanse_kubernetes::change::digest;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -202,8 +203,21 @@ pub struct ProposalRecord {
     pub action: ChangeAction,
     /// The manifest with the change; empty for a deletion.
     pub manifest: String,
-    /// The digest of the manifest with the change; of a deletion, of the one in force.
+    /// Of the action, and of the manifests before and after it.
     pub digest: String,
+}
+
+impl ProposalRecord {
+    /// The digest of a change from the manifest in force, if the object exists. The same manifest has another digest where it creates
+    /// an object, where it follows another version, and where it is deleted: an approval of one of these is not one of the others.
+    pub fn digest(action: ChangeAction, before: Option<&[u8]>, after: &[u8]) -> String {
+        let before = before.map_or_else(|| "absent".to_owned(), digest);
+        let (action, after) = match action {
+            ChangeAction::Apply => ("apply", digest(after)),
+            ChangeAction::Delete => ("delete", "absent".to_owned()),
+        };
+        digest(format!("{action} {before} {after}").as_bytes())
+    }
 }
 
 impl ChangeRecord {

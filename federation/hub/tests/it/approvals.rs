@@ -131,6 +131,8 @@ async fn another_user_with_the_role_approves_a_change() {
     assert!(deleted.pending && deleted.warnings.iter().any(|it| it.contains("hanse policy approve")), "{deleted:?}");
     assert_eq!((in_force(&mut ada).await, stage(&mut ada).await), (Some(6), Some((6, "Delete".to_owned()))));
     let deletion = pending(&mut bob, POLICY, "web").await.unwrap();
+    let (code, _) = approve(&mut bob, POLICY, "web", &moved.digest).await.unwrap_err();
+    assert_eq!(code, Code::FailedPrecondition, "an approval of this version is none of its deletion");
     assert!(deletion.deletion && deletion.after.is_empty() && deletion.before == ordered("strict", 6));
     approve(&mut bob, POLICY, "web", &deletion.digest).await.unwrap();
     assert_eq!((in_force(&mut ada).await, stage(&mut ada).await), (None, None));
@@ -170,6 +172,38 @@ async fn another_user_with_the_role_approves_a_change() {
     of("user/bob", "approve", "done", "6", "");
     let is_denial = |it: &&wire::AuditRecord| it.who == "user/eve" && it.action == "approve";
     assert!(records.iter().find(is_denial).is_some_and(|it| it.outcome.contains("approver=strict")), "{records:#?}");
+}
+
+#[tokio::test]
+async fn an_approval_is_for_one_change_of_one_version() {
+    let test = TestHub::start().await;
+    let mut admin = test.admin().await;
+    let mut bob = bob_again(&test).await;
+    assert!(!waits(&mut admin, strict(true)).await);
+    let outdated = async |bob: &mut Admin, digest: &str, why: &str| {
+        let (code, _) = approve(bob, POLICY, "web", digest).await.unwrap_err();
+        assert_eq!(code, Code::FailedPrecondition, "{why}");
+    };
+
+    assert!(waits(&mut admin, ordered("strict", 1)).await);
+    let created = pending(&mut bob, POLICY, "web").await.unwrap().digest;
+    approve(&mut bob, POLICY, "web", &created).await.unwrap();
+    let request = wire::DeleteRequest { kind: POLICY.into(), name: "web".to_owned() };
+    assert!(admin.delete(request).await.unwrap().into_inner().pending);
+    outdated(&mut bob, &created, "the deletion of what was created").await;
+    let deleted = pending(&mut bob, POLICY, "web").await.unwrap().digest;
+
+    assert!(waits(&mut admin, ordered("strict", 2)).await);
+    outdated(&mut bob, &deleted, "a change instead of the deletion").await;
+    let second = pending(&mut bob, POLICY, "web").await.unwrap().digest;
+    approve(&mut bob, POLICY, "web", &second).await.unwrap();
+    assert!(waits(&mut admin, ordered("strict", 1)).await);
+    outdated(&mut bob, &created, "the way back to the first version").await;
+    outdated(&mut bob, &second, "another version").await;
+    assert_eq!(in_force(&mut bob).await, Some(2));
+    let back = pending(&mut bob, POLICY, "web").await.unwrap().digest;
+    approve(&mut bob, POLICY, "web", &back).await.unwrap();
+    assert_eq!(in_force(&mut bob).await, Some(1));
 }
 
 /// `bob`, whose connection ended with the hub.
