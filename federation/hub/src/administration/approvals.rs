@@ -21,12 +21,14 @@ use super::state::Administration;
 use crate::admission::approval::tiers_of;
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::records::{AuditDetail, ChangeAction, ProposalRecord, encode};
-use crate::registry::{AuditAction, ChangeError, MAX_OBJECTS, Snapshot, key};
+use crate::registry::{AuditAction, ChangeError, MAX_OBJECT_BYTES, MAX_OBJECTS, Snapshot, key};
 use crate::roles::Need;
 
 /// Changes that wait, and the bytes of their manifests together.
 const MAX_PROPOSALS: usize = 1_000;
 const MAX_PROPOSAL_BYTES: usize = 16 << 20;
+/// Of both, what one user may have as an author, so that others can still propose.
+const SHARE_OF_USER: usize = 4;
 /// Users that sent one change.
 const MAX_AUTHORS: usize = 16;
 
@@ -72,6 +74,26 @@ impl Sent {
             }
         }
         end(snapshot, id, transaction)
+    }
+
+    /// The end of a proposal, where a user deletes an object that does not exist yet. `None`: this is another edit, or the user is
+    /// neither an author of the proposal nor an administrator.
+    ///
+    /// # Errors
+    /// When a name is too long for the store.
+    pub(super) fn withdraw(&self, snapshot: &Snapshot) -> Result<Option<(Transaction, Done)>, ChangeError> {
+        let (Ok(Edit::Delete(id)), Identity::User(_)) = (&self.edit, &self.who) else { return Ok(None) };
+        let Some(proposal) = snapshot.proposals.get(id).filter(|_| !snapshot.objects.contains_key(id)) else {
+            return Ok(None);
+        };
+        // Also an author who has no role in the tier any more.
+        let is_author = proposal.authors.contains(&self.who.to_string());
+        if !is_author && permit(snapshot, &self.who, Need::Administer).is_err() {
+            return Ok(None);
+        }
+        let warnings = vec![format!("{id} does not exist: its creation, which waited for an approval, is withdrawn")];
+        let done = Done::Deleted(wire::DeleteResponse { warnings, ..wire::DeleteResponse::default() });
+        Ok(Some((end(snapshot, id, Transaction::default())?, done)))
     }
 }
 
@@ -213,16 +235,22 @@ fn propose(
             .to_owned(),
         ChangeAction::Delete => String::new(),
     };
-    let others = snapshot.proposals.iter().filter(|(other, _)| *other != id).map(|(_, it)| it.manifest.len());
-    let (count, bytes) = others.fold((0, 0), |(count, bytes), len| (count + 1, bytes + len));
-    for (value, limit, what) in [
-        (authors.len(), MAX_AUTHORS, "authors of one change"),
-        (count + 1, MAX_PROPOSALS, "changes that wait for approvals"),
-        (bytes + manifest.len(), MAX_PROPOSAL_BYTES, "bytes of changes that wait for approvals"),
+    let who = who.to_string();
+    let others = || snapshot.proposals.iter().filter(|(other, _)| *other != id).map(|(_, it)| it);
+    let sum = |(count, bytes), it: &std::sync::Arc<ProposalRecord>| (count + 1, bytes + it.manifest.len());
+    let (count, bytes) = others().fold((1, manifest.len()), sum);
+    let (own, own_bytes) = others().filter(|it| it.authors.contains(&who)).fold((1, manifest.len()), sum);
+    let of_user = format!(" of {who}");
+    for (value, limit, what, of) in [
+        (authors.len(), MAX_AUTHORS, "authors of one change", ""),
+        (own, MAX_PROPOSALS / SHARE_OF_USER, "changes that wait for approvals", &*of_user),
+        (own_bytes, MAX_PROPOSAL_BYTES / SHARE_OF_USER, "bytes of changes that wait for approvals", &*of_user),
+        (count, MAX_PROPOSALS, "changes that wait for approvals", ""),
+        (bytes, MAX_PROPOSAL_BYTES, "bytes of changes that wait for approvals", ""),
     ] {
         if value > limit {
             return Err(ChangeError::Limit(format!(
-                "the limit of {limit} {what} is reached: approve or withdraw some"
+                "the limit of {limit} {what}{of} is reached: approve or withdraw some"
             )));
         }
     }
@@ -234,7 +262,13 @@ fn propose(
         let found = snapshot.objects.get(&stage);
         // One of a user stays.
         let is_free = found.map_or(snapshot.objects.len() < MAX_OBJECTS, |it| is_marked(&it.manifest));
-        if is_free && found.is_none_or(|it| it.manifest != wanted) {
+        let bytes = snapshot.object_bytes - found.map_or(0, |it| it.manifest.len()) + wanted.len();
+        if is_free && bytes > MAX_OBJECT_BYTES {
+            // It is not evaluated, and neither is an earlier one.
+            if found.is_some() {
+                transaction = transaction.delete(object_key(&stage)?);
+            }
+        } else if is_free && found.is_none_or(|it| it.manifest != wanted) {
             transaction = transaction.put(object_key(&stage)?, wanted);
         }
     }

@@ -383,6 +383,9 @@ impl Sent {
 
     /// Decides on `snapshot`: the transaction and the response.
     pub(super) fn decide(&self, snapshot: &Snapshot) -> Result<(Transaction, Done), ChangeError> {
+        if let Some(withdrawn) = self.withdraw(snapshot)? {
+            return Ok(withdrawn);
+        }
         let (transaction, done) = self.decide_alone(snapshot)?;
         match (&self.origin, self.id()) {
             (Some(edit), Some(id)) if !transaction.changes.is_empty() => {

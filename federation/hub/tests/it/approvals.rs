@@ -206,6 +206,43 @@ async fn an_approval_is_for_one_change_of_one_version() {
     assert_eq!(in_force(&mut bob).await, Some(1));
 }
 
+#[tokio::test]
+async fn authors_withdraw_and_leave_room_for_others() {
+    let test = TestHub::start().await;
+    let mut admin = test.admin().await;
+    let author = |tier: &str| Role::Author(wire::Author { tiers: tiers(&[tier]) });
+    let mut ada = test.user("ada", author("strict")).await;
+    let mut eve = test.user("eve", author("strict")).await;
+    assert!(!waits(&mut admin, strict(true)).await);
+
+    // The creation of an object that does not exist yet.
+    let request = wire::DeleteRequest { kind: POLICY.into(), name: "web".to_owned() };
+    for withdraws in [&mut ada, &mut admin] {
+        assert!(waits(withdraws, ordered("strict", 1)).await);
+        let refused = eve.delete(request.clone()).await.unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied, "as without a proposal: {refused}");
+        assert_eq!(pending(&mut eve, POLICY, "web").await.unwrap().authors.len(), 1);
+        let withdrawn = withdraws.delete(request.clone()).await.unwrap().into_inner();
+        assert!(!withdrawn.pending && withdrawn.warnings[0].contains("is withdrawn"), "{withdrawn:?}");
+        assert_eq!((pending(&mut eve, POLICY, "web").await, stage(&mut eve).await), (Err(Code::NotFound), None));
+    }
+    assert_eq!(ada.delete(request.clone()).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(admin.delete(request).await.unwrap_err().code(), Code::NotFound);
+
+    // A quarter of all changes that may wait.
+    let named = |number: usize| apply(policy(&format!("web-{number}"), "strict"));
+    for number in 0..250 {
+        assert_eq!(ada.apply(named(number)).await.unwrap().into_inner().applied(), wire::Applied::Pending);
+    }
+    let refused = ada.apply(named(250)).await.unwrap_err();
+    let is_limit = refused.code() == Code::ResourceExhausted && refused.message().contains("250 changes that wait");
+    assert!(is_limit && refused.message().contains("of user/ada"), "{refused}");
+    assert_eq!(eve.apply(named(250)).await.unwrap().into_inner().applied(), wire::Applied::Pending);
+    let request = wire::DeleteRequest { kind: POLICY.into(), name: "web-0".to_owned() };
+    ada.delete(request).await.unwrap();
+    assert_eq!(ada.apply(named(251)).await.unwrap().into_inner().applied(), wire::Applied::Pending);
+}
+
 /// `bob`, whose connection ended with the hub.
 async fn bob_again(test: &TestHub) -> Admin {
     test.user("bob", Role::Approver(wire::Approver { tiers: tiers(&["strict"]) })).await
