@@ -38,6 +38,10 @@ const MAX_BODY_BYTES: usize = 7 << 20;
 /// The memory of all requests that arrive and are decided, and that of one source. Most requests have some KiB.
 const MAX_BUFFERED_BYTES: usize = 96 << 20;
 const MAX_BUFFERED_OF_ONE_SOURCE: usize = 64 << 20;
+/// The memory of all reviews that are decided, as values instead of text, and that of one source.
+/// A policy with all that API servers add to it takes some 10 MiB.
+const MAX_DECIDED_BYTES: usize = 256 << 20;
+const MAX_DECIDED_OF_ONE_SOURCE: usize = 128 << 20;
 /// Reviews that are decided at once. Others wait.
 const MAX_REVIEWS: usize = 16;
 /// How long a request may take to arrive.
@@ -62,6 +66,7 @@ struct Shared {
     reviewer: Reviewer,
     reviews: Semaphore,
     buffers: Arc<Buffers>,
+    values: Arc<Buffers>,
     rates: Mutex<RateLimit<IpAddr>>,
 }
 
@@ -84,6 +89,7 @@ pub(super) async fn serve(
         reviewer,
         reviews: Semaphore::new(MAX_REVIEWS),
         buffers: Buffers::new(MAX_BUFFERED_BYTES, MAX_BUFFERED_OF_ONE_SOURCE),
+        values: Buffers::new(MAX_DECIDED_BYTES, MAX_DECIDED_OF_ONE_SOURCE),
         rates: Mutex::new(RateLimit::with_burst(REVIEWS_PER_SECOND, REVIEWS_AT_ONCE)),
     });
     let serving = (Arc::new(listener), shared, shutdown.token());
@@ -165,9 +171,16 @@ async fn answer(shared: &Shared, source: IpAddr, request: Request<Incoming>) -> 
         let arriving = tokio::time::timeout(ARRIVES_WITHIN, arrive(request.into_body(), &mut buffer)).await;
         let late = |_| plain(StatusCode::REQUEST_TIMEOUT, "the request did not arrive in time");
         let body = arriving.map_err(late)??;
+        let memory = memory_of(&body);
+        if memory > MAX_DECIDED_OF_ONE_SOURCE {
+            return Err(plain(StatusCode::PAYLOAD_TOO_LARGE, "the objects in the review have too many fields"));
+        }
         while !shared.acceptor.authenticates() && !shared.allows(source) {
             tokio::time::sleep(TRY_AGAIN).await;
         }
+        // Before the place, so that a source that waits for memory keeps none from others.
+        let mut values = shared.values.buffer(source);
+        values.take(memory).await;
         let Ok(_place) = shared.reviews.acquire().await else {
             return Err(plain(StatusCode::SERVICE_UNAVAILABLE, "the hub is stopping"));
         };
@@ -184,6 +197,23 @@ async fn answer(shared: &Shared, source: IpAddr, request: Request<Incoming>) -> 
             response
         }
     }
+}
+
+/// The most memory that the values of a review take, in bytes, with the copies that are made of them: a small object in JSON takes a
+/// hundred times its text. Marks in strings are counted as well.
+fn memory_of(body: &[u8]) -> usize {
+    /// Texts are copied.
+    const OF_BYTE: usize = 4;
+    /// An object: a node for 11 entries, and room for 4 where it is read.
+    const OF_OBJECT: usize = 2_048;
+    /// A list, and a further value of a list or an object.
+    const OF_VALUE: usize = 512;
+    let of = |byte: &u8| match byte {
+        b'{' => OF_OBJECT,
+        b'[' | b',' => OF_VALUE,
+        _ => 0,
+    };
+    body.len() * OF_BYTE + body.iter().map(of).sum::<usize>()
 }
 
 /// Reads a whole request, as memory for it is free.

@@ -104,11 +104,15 @@ async fn connect(
 }
 
 /// Sends a review, and returns the answer.
-async fn review(mut stream: TlsStream<tokio::net::TcpStream>) -> String {
+async fn review(stream: TlsStream<tokio::net::TcpStream>) -> String {
+    send(stream, REVIEW).await
+}
+
+async fn send(mut stream: TlsStream<tokio::net::TcpStream>, review: &str) -> String {
     let head = format!(
-        "POST {} HTTP/1.1\r\nHost: hub\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{REVIEW}",
+        "POST {} HTTP/1.1\r\nHost: hub\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{review}",
         "/admit",
-        REVIEW.len()
+        review.len()
     );
     let mut text = Vec::new();
     let _ = stream.write_all(head.as_bytes()).await;
@@ -150,6 +154,29 @@ async fn slow_reviews_keep_no_place_from_others() {
     assert!(idle.iter().any(Result::is_ok) && idle.iter().any(Result::is_err));
     let answer = review(connect(listening, [127, 0, 0, 4], None).await.unwrap()).await;
     assert!(is_decided(&answer), "{answer}");
+    shutdown.drain(Duration::from_secs(10)).await;
+}
+
+#[tokio::test]
+async fn reviews_that_would_take_much_memory_are_not_read() {
+    let shutdown = Shutdown::default();
+    let listening = start(ClientOptions::default(), &shutdown).await.listening;
+    let with = |spec: &str| {
+        let object = format!(r#","object":{{"metadata":{{"name":"a"}},"spec":{spec}}},"#);
+        REVIEW.replacen(r#","operation""#, &(object + r#""operation""#), 1)
+    };
+    let list = |item: &str, bytes: usize| format!("[{}]", vec![item; bytes / (item.len() + 1)].join(","));
+    // Small objects take a hundred times their text.
+    for item in [r#"{"":0}"#, "[]", "0", "{}"] {
+        let answer = send(connect(listening, [127, 0, 0, 1], None).await.unwrap(), &with(&list(item, 1 << 20))).await;
+        assert!(answer.starts_with("HTTP/1.1 413 ") && answer.ends_with("too many fields"), "{item}: {answer}");
+    }
+    // The rules of a long policy, and a long text.
+    let rule = r#"{"action":"Allow","source":{"selector":"app == 'client'"},"destination":{"ports":[8443]}}"#;
+    for spec in [list(rule, 1 << 20), format!("\"{}\"", "x".repeat(6 << 20))] {
+        let answer = send(connect(listening, [127, 0, 0, 1], None).await.unwrap(), &with(&spec)).await;
+        assert!(is_decided(&answer), "{answer}");
+    }
     shutdown.drain(Duration::from_secs(10)).await;
 }
 
