@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use futures::StreamExt as _;
 use futures::future::try_join_all;
+use futures::{Stream, StreamExt as _};
 use hanse_identity::token;
 use hanse_kubernetes::{ANSWER_WITHIN, Access, answered, message};
 use hanse_runtime::health::Writes;
@@ -42,6 +42,8 @@ const WRITTEN_WITHIN: Duration = Duration::from_secs(60);
 const CHECK_EVERY: Duration = Duration::from_secs(10);
 /// The longest time until the API server ends a watch, in seconds: at most 295 are accepted.
 const WATCH_SECONDS: u32 = 290;
+/// The API server sends a bookmark about once a minute. A connection without any event for longer is dead.
+const SILENCE: Duration = Duration::from_secs(90);
 /// The names of the state in reports of failed writes.
 const WRITTEN_AS: &str = "the Secret of the member's state";
 const FOLLOWED_AS: &str = "changes of the Secret of the member's state";
@@ -456,18 +458,20 @@ impl Worker {
     async fn follow(self, secret: String) {
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         loop {
-            match self.watch(&secret).await {
-                Ok(()) => backoff.reset(),
-                Err(error) => {
-                    let error = format!("{error:#}");
-                    self.note(&self.unfollowed, FOLLOWED_AS, &secret, Some(error));
-                    tokio::time::sleep(backoff.next_delay()).await;
-                }
+            let mut received = 0;
+            if let Err(error) = self.watch(&secret, &mut received).await {
+                self.note(&self.unfollowed, FOLLOWED_AS, &secret, Some(format!("{error:#}")));
             }
+            // A watch that ends again and again without an event is not tried in a loop.
+            if received > 0 {
+                backoff.reset();
+            }
+            tokio::time::sleep(backoff.next_delay()).await;
         }
     }
 
-    async fn watch(&self, secret: &str) -> anyhow::Result<()> {
+    /// Follows a Secret from its current version, until the watch ends. Counts what it receives.
+    async fn watch(&self, secret: &str, received: &mut usize) -> anyhow::Result<()> {
         let api = self.api();
         let read = answered(api.get(secret)).await.with_context(|| format!("read Secret {secret}"))?;
         let version = read.metadata.resource_version.clone().unwrap_or_default();
@@ -475,11 +479,24 @@ impl Worker {
         let only = WatchParams::default().fields(&format!("metadata.name={secret}")).timeout(WATCH_SECONDS);
         let events = answered(api.watch(&only, &version)).await.with_context(|| format!("watch Secret {secret}"))?;
         self.note(&self.unfollowed, FOLLOWED_AS, secret, None);
+        self.take_events(secret, events, received).await
+    }
+
+    async fn take_events(
+        &self,
+        secret: &str,
+        events: impl Stream<Item = kube::Result<WatchEvent<Secret>>>,
+        received: &mut usize,
+    ) -> anyhow::Result<()> {
         let mut events = std::pin::pin!(events);
-        while let Some(event) = events.next().await {
+        // After a silence, the Secret is read again: what was written meanwhile may be the revocation of a node.
+        while let Ok(Some(event)) = tokio::time::timeout(SILENCE, events.next()).await {
             match event.map_err(|error| anyhow::anyhow!(message(error)))? {
-                WatchEvent::Added(now) | WatchEvent::Modified(now) => self.take(secret, now).await?,
-                WatchEvent::Bookmark(_) => {}
+                WatchEvent::Added(now) | WatchEvent::Modified(now) => {
+                    self.take(secret, now).await?;
+                    *received += 1;
+                }
+                WatchEvent::Bookmark(_) => *received += 1,
                 WatchEvent::Deleted(_) => {
                     bail!("Secret {secret} was deleted: create it again, and its content is written again")
                 }
@@ -515,5 +532,82 @@ impl Worker {
         let written = written.with_context(|| format!("write Secret {secret} again"))?;
         locked(&self.mirror).apply(secret, written, &BTreeSet::new());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::stream::{iter, pending};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const SECRET: &str = r#"{"apiVersion":"v1","kind":"Secret","metadata":{"name":"m","resourceVersion":"7"}}"#;
+
+    fn worker(server: &str) -> Worker {
+        hanse_identity::tls::install_provider();
+        let client = Client::try_from(kube::Config::new(server.parse().expect("an address"))).expect("a client");
+        let name = SecretName { namespace: "hanse".to_owned(), name: "m".to_owned() };
+        Worker {
+            client,
+            name,
+            mirror: Arc::default(),
+            writes: None,
+            unwritable: Arc::default(),
+            unfollowed: Arc::default(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silent_watch_ends_so_that_the_secret_is_read_again() {
+        let worker = worker("http://127.0.0.1:1");
+        let read: Secret = serde_json::from_str(SECRET).expect("a Secret");
+        let began = tokio::time::Instant::now();
+        let mut received = 0;
+        let events = iter([Ok(WatchEvent::Modified(read))]).chain(pending());
+        let ended = tokio::time::timeout(2 * SILENCE, worker.take_events("m", events, &mut received)).await;
+        ended.expect("it ends").expect("it is no failure");
+        assert_eq!((received, began.elapsed()), (1, SILENCE));
+    }
+
+    #[tokio::test]
+    async fn watch_that_ends_at_once_is_not_repeated_in_a_loop() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let worker = worker(&format!("http://{}", listener.local_addr().expect("an address")));
+        let (watched, mut watches) = mpsc::channel(3);
+        let serve = async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.expect("a connection");
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    request.push(stream.read_u8().await.expect("a request"));
+                }
+                let is_watch = String::from_utf8_lossy(&request).contains("watch=");
+                if is_watch {
+                    watched.send(std::time::Instant::now()).await.expect("the test waits");
+                }
+                // Of a watch, nothing.
+                let body = if is_watch { "" } else { SECRET };
+                let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n";
+                let answer = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
+                stream.write_all(answer.as_bytes()).await.expect("sent");
+            }
+        };
+        let three = async {
+            let mut next = async || watches.recv().await.expect("the server runs");
+            next().await;
+            // The third one comes after a delay of at least 200 ms, however slow this machine is.
+            let second = next().await;
+            next().await - second
+        };
+        let delay = tokio::select! {
+            delay = three => delay,
+            () = worker.clone().follow("m".to_owned()) => unreachable!("it never ends"),
+            () = serve => unreachable!("it never ends"),
+        };
+        assert!(delay >= Duration::from_millis(150), "{delay:?}");
+        let unfollowed = worker.unfollowed.lock().expect("no thread has panicked");
+        assert!(unfollowed.is_empty(), "{unfollowed:?}");
     }
 }
