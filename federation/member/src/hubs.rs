@@ -92,6 +92,16 @@ impl Hubs {
         self.view().ranked.clone()
     }
 
+    /// The configured addresses.
+    pub fn configured(&self) -> &BTreeSet<String> {
+        &self.shared.configured
+    }
+
+    /// Those that the hub sent and that are not configured.
+    pub fn announced(&self) -> BTreeSet<String> {
+        &self.view().announced - &self.shared.configured
+    }
+
     /// Takes over a list of the hub, and stores it.
     pub fn announce(&self, list: &[String]) {
         let (announced, refused) = read_list(list);

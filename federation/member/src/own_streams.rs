@@ -4,12 +4,14 @@
 //! The list is fixed, and limited to addresses, protocol and port. A node receives only streams with one of its own pods as an end:
 //! traffic between hosts, and between a node and its own pods, is not subject to rules. [`crate::resolver`] resolves the names of hubs.
 //! The address of a service is replaced by those of its backends, because rules see packets after address translation.
+//!
+//! What others say never opens a pod to anyone: towards an address that the hub announced, only this member's own connections are allowed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 
-use hanse_api::assemble::ClusterState;
+use hanse_api::assemble::{Assembly, ClusterState};
 use hanse_api::inventory::NodeInfo;
 use hanse_ruleset::OwnStream;
 use ipnet::IpNet;
@@ -19,12 +21,21 @@ const TCP: u8 = 6;
 /// Where the processes of Hanse are that this member knows of.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Ends {
-    /// Where the hub serves members and users, and where it takes newcomers.
+    /// Where the hub serves members and users, as configured, and where it takes newcomers.
     pub hubs: BTreeSet<SocketAddr>,
+    /// Where replicas of the hub are, as the hub says.
+    pub announced: BTreeSet<SocketAddr>,
     pub joins: BTreeSet<SocketAddr>,
     /// The member's listeners; an unspecified address is every one of the member's.
     pub agents: Option<SocketAddr>,
     pub enrolment: Option<SocketAddr>,
+}
+
+impl Ends {
+    /// All that are of the hub.
+    fn named(&self) -> impl Iterator<Item = &SocketAddr> {
+        self.hubs.iter().chain(&self.announced).chain(&self.joins)
+    }
 }
 
 /// The streams of one cluster.
@@ -37,14 +48,17 @@ pub struct OwnStreams {
 
 impl OwnStreams {
     /// `local` gives the address with which this process speaks to another, if there is a way.
-    pub fn new(ends: &Ends, state: &ClusterState, local: impl Fn(SocketAddr) -> Option<IpAddr>) -> Self {
-        let nodes: BTreeSet<IpAddr> = state.nodes.values().flat_map(|node| node.addresses.iter().copied()).collect();
-        let (hubs, joins) = (translated(&ends.hubs, state), translated(&ends.joins, state));
-        let towards_hub: BTreeSet<IpAddr> = ends.hubs.iter().chain(&ends.joins).filter_map(|it| local(*it)).collect();
+    pub fn new(ends: &Ends, cluster: &Assembly, local: impl Fn(SocketAddr) -> Option<IpAddr>) -> Self {
+        let nodes = cluster.state().nodes.values();
+        let nodes: BTreeSet<IpAddr> = nodes.flat_map(|node| node.addresses.iter().copied()).collect();
+        let [hubs, announced, joins] = [&ends.hubs, &ends.announced, &ends.joins].map(|it| translated(it, cluster));
+        let towards_hub: BTreeSet<IpAddr> = ends.named().filter_map(|it| local(*it)).collect();
         let mut all = Vec::new();
-        for (name, ends) in [("hub", &hubs), ("joining", &joins)] {
-            for (port, to) in by_port(ends) {
+        for (name, configured, announced) in [("hub", &hubs, &announced), ("joining", &joins, &BTreeSet::new())] {
+            for (port, to) in by_port(&(configured | announced)) {
                 all.extend(stream(&format!("member to {name}"), Some(&towards_hub), &to, port));
+            }
+            for (port, to) in by_port(configured) {
                 // Members of other clusters and people come from addresses that nobody here knows.
                 all.extend(stream(&format!("anyone to {name}"), None, &to, port));
             }
@@ -67,8 +81,8 @@ impl OwnStreams {
 
     /// Whether they are other ones when these services are.
     pub fn depend_on(ends: &Ends, state: &ClusterState, services: &BTreeSet<(Arc<str>, Arc<str>)>) -> bool {
-        let named = ends.hubs.iter().chain(&ends.joins);
-        named.filter_map(|end| state.service_addresses.get(&end.ip().to_canonical())).any(|key| services.contains(key))
+        let service = |end: &SocketAddr| state.service_addresses.get(&end.ip().to_canonical());
+        ends.named().filter_map(service).any(|key| services.contains(key))
     }
 
     /// The same streams; `node_of` gives the node of the pod that owns an address.
@@ -136,16 +150,10 @@ fn by_port(ends: &BTreeSet<SocketAddr>) -> BTreeMap<u16, BTreeSet<IpAddr>> {
     ports
 }
 
-fn translated(ends: &BTreeSet<SocketAddr>, state: &ClusterState) -> BTreeSet<SocketAddr> {
-    let backends = |end: &SocketAddr| -> Vec<SocketAddr> {
-        let service = state.service_addresses.get(&end.ip().to_canonical());
-        match service.and_then(|key| state.cluster.services.get(key)) {
-            Some(service) => {
-                let tcp = service.backends.iter().filter(|(_, protocol, _)| *protocol == TCP);
-                tcp.map(|(address, _, port)| SocketAddr::new(*address, *port)).collect()
-            }
-            None => vec![*end],
-        }
+fn translated(ends: &BTreeSet<SocketAddr>, cluster: &Assembly) -> BTreeSet<SocketAddr> {
+    let backends = |end: &SocketAddr| match cluster.state().service_addresses.get(&end.ip().to_canonical()) {
+        Some(service) => cluster.backends(service, TCP, end.port()),
+        None => [*end].into(),
     };
     ends.iter().flat_map(backends).collect()
 }
@@ -153,7 +161,7 @@ fn translated(ends: &BTreeSet<SocketAddr>, state: &ClusterState) -> BTreeSet<Soc
 #[cfg(test)]
 mod tests {
 
-    use hanse_api::assemble::{Assembly, Candidates};
+    use hanse_api::assemble::Candidates;
     use hanse_api::manifest::{Manifests, read_bytes};
 
     use super::*;
@@ -174,14 +182,14 @@ status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}
 apiVersion: v1
 kind: Service
 metadata: {name: hub, namespace: hanse}
-spec: {clusterIP: 10.96.0.9}
+spec: {clusterIP: 10.96.0.9, ports: [{name: hub, port: 443, targetPort: hub}, {name: debug, port: 9000}]}
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata: {name: hub-1, namespace: hanse, labels: {kubernetes.io/service-name: hub}}
 addressType: IPv4
 endpoints: [{addresses: [10.0.2.9]}]
-ports: [{port: 7443, protocol: TCP}]
+ports: [{name: hub, port: 7443, protocol: TCP}, {name: debug, port: 9000, protocol: TCP}]
 ---
 apiVersion: v1
 kind: Pod
@@ -202,7 +210,7 @@ spec: {nodeName: b}
 status: {phase: Running, podIP: 10.0.1.20}
 "#;
 
-    fn check(hub: &str, member: &str, expected: [&[&str]; 2]) {
+    fn cluster() -> Assembly {
         let mut read = Manifests::default();
         read_bytes(&"cluster.yaml".into(), CLUSTER.as_bytes(), &mut read);
         assert!(read.diagnostics.is_empty(), "{:?}", read.diagnostics);
@@ -210,21 +218,31 @@ status: {phase: Running, podIP: 10.0.1.20}
         let mut candidates = Candidates::default();
         candidates.replace_all(read.objects);
         assembly.update(candidates.take_changes());
+        assembly
+    }
+
+    fn streams(ends: &Ends, member: &str, expected: [&[&str]; 2]) {
+        let assembly = cluster();
         let state = assembly.state();
-        let ends = Ends {
-            hubs: [hub.parse().expect("an address")].into(),
-            joins: BTreeSet::new(),
-            agents: Some("0.0.0.0:7445".parse().expect("an address")),
-            enrolment: None,
-        };
         let node_of = |address| state.cluster.endpoints[assembly.owner(address)?].node.clone();
-        let own = OwnStreams::new(&ends, state, |_| member.parse().ok()).on_nodes_of(node_of);
+        let own = OwnStreams::new(ends, &assembly, |_| member.parse().ok()).on_nodes_of(node_of);
         for (node, expected) in ["a", "b"].into_iter().zip(expected) {
             let found: Vec<String> = own.on_node(node, &state.nodes[node]).iter().map(describe).collect();
             assert_eq!(found, expected, "node {node}");
         }
+    }
+
+    fn check(hub: &str, member: &str, expected: [&[&str]; 2]) {
+        let ends = Ends {
+            hubs: [hub.parse().expect("an address")].into(),
+            agents: Some("0.0.0.0:7445".parse().expect("an address")),
+            ..Ends::default()
+        };
+        streams(&ends, member, expected);
+        let assembly = cluster();
+        let state = assembly.state();
         let service = |name: &str| BTreeSet::from([("hanse".into(), name.into())]);
-        assert_eq!(OwnStreams::depend_on(&ends, state, &service("hub")), hub == "10.96.0.9:443");
+        assert_eq!(OwnStreams::depend_on(&ends, state, &service("hub")), hub.starts_with("10.96.0.9:"));
         assert!(!OwnStreams::depend_on(&ends, state, &service("another")));
     }
 
@@ -248,5 +266,23 @@ status: {phase: Running, podIP: 10.0.1.20}
             [&[], &["member to hub: TCP from 192.0.2.9/32 to 10.0.1.20/32, port 7443", moved]],
         );
         check("127.0.0.1:7443", "127.0.0.1", [&[], &[]]);
+        // The service has no such port.
+        check("10.96.0.9:7443", "10.0.1.7", [&[agents], &[]]);
+    }
+
+    #[test]
+    fn announced_addresses_open_no_pod_to_anyone() {
+        let set = |of: &[&str]| of.iter().map(|it| it.parse().expect("an address")).collect::<BTreeSet<SocketAddr>>();
+        let announced = |of: &[&str]| Ends { announced: set(of), ..Ends::default() };
+        let to_pod = "member to hub: TCP from 10.0.1.7/32 to 10.0.1.20/32, port 80";
+        streams(&announced(&["10.0.1.20:80"]), "10.0.1.7", [&[to_pod], &[to_pod]]);
+        let to_hub = "member to hub: TCP from 10.0.1.7/32 to 10.0.2.9/32, port 7443";
+        streams(&announced(&["10.96.0.9:443"]), "10.0.1.7", [&[to_hub], &[to_hub]]);
+        // Beside a configured address, which stays open, and is not allowed twice.
+        let both = Ends { hubs: set(&["10.96.0.9:443"]), ..announced(&["10.0.1.20:80", "10.0.2.9:7443"]) };
+        let anyone = "anyone to hub: TCP from anywhere to 10.0.2.9/32, port 7443";
+        streams(&both, "10.0.1.7", [&[to_pod, to_hub], &[to_pod, to_hub, anyone]]);
+        let service = BTreeSet::from([("hanse".into(), "hub".into())]);
+        assert!(OwnStreams::depend_on(&announced(&["10.96.0.9:443"]), cluster().state(), &service));
     }
 }

@@ -143,7 +143,7 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
         local = changes.recv() => local.context("read the source")?,
     };
     monitoring.sourced.set(true);
-    let ends = EndsOf { options: options.clone(), hubs: hubs.clone(), resolver: resolver.clone(), agents, enrolment };
+    let ends = EndsOf { join: options.join.clone(), hubs: hubs.clone(), resolver: resolver.clone(), agents, enrolment };
     let world = World::new(identity.cluster().clone(), options.unknown_pods, ends.now());
     let world = world.with_enforcement(options.enforcement).with_reader(client.reader());
     let live = world.live().clone();
@@ -378,7 +378,7 @@ fn keep_flows(
 
 /// Determines the ends of Hanse's own streams.
 struct EndsOf {
-    options: Options,
+    join: Vec<String>,
     hubs: Hubs,
     resolver: Resolver,
     agents: SocketAddr,
@@ -388,8 +388,9 @@ struct EndsOf {
 impl EndsOf {
     fn now(&self) -> Ends {
         Ends {
-            hubs: self.resolver.addresses(&self.hubs.all()),
-            joins: self.resolver.addresses(&self.options.join),
+            hubs: self.resolver.addresses(self.hubs.configured()),
+            announced: self.resolver.addresses(&self.hubs.announced()),
+            joins: self.resolver.addresses(&self.join),
             agents: Some(self.agents),
             enrolment: Some(self.enrolment),
         }
@@ -556,12 +557,29 @@ fn wanted(layer: &Layer) -> Interest {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use hanse_api::assemble_cluster;
     use hanse_api::manifest::{self, Manifests};
     use hanse_exchange::interest::Wanted;
     use hanse_policy::model::ClusterScope;
 
     use super::*;
+
+    #[test]
+    fn announced_addresses_of_the_hub_are_not_configured_ones() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let names = ["10.0.0.1:7443", "10.0.0.2:7443", "10.0.0.3:7443"].map(str::to_owned);
+        let writes = Writes::new(&hanse_runtime::health::Health::default());
+        let hubs = Hubs::restore("train", folder.path(), &names[..1], writes);
+        hubs.announce(&names[..2]);
+        let of = |name: &String| BTreeSet::from([name.parse().expect("an address")]);
+        let (agents, enrolment) = (([0; 4], 7500).into(), ([0; 4], 7501).into());
+        let resolver = Resolver::restore(folder.path(), &names);
+        let ends = EndsOf { join: names[2..].to_vec(), hubs, resolver, agents, enrolment }.now();
+        let [hubs, announced, joins] = names.each_ref().map(of);
+        assert_eq!(ends, Ends { hubs, announced, joins, agents: Some(agents), enrolment: Some(enrolment) });
+    }
 
     #[test]
     fn staged_policies_register_the_same_interest() {

@@ -216,7 +216,7 @@ impl World {
             || changed.service_addresses
             || OwnStreams::depend_on(&self.ends, &state, &changed.services);
         self.refresh_own_streams(match others {
-            true => OwnStreams::new(&self.ends, &state, local_address),
+            true => OwnStreams::new(&self.ends, &self.local, local_address),
             false => self.own_streams.clone(),
         });
         changed
@@ -230,7 +230,7 @@ impl World {
 
     /// Reads this process's own addresses. Returns whether anything changed.
     pub fn look_at_addresses(&mut self) -> bool {
-        self.refresh_own_streams(OwnStreams::new(&self.ends, self.local.state(), local_address))
+        self.refresh_own_streams(OwnStreams::new(&self.ends, &self.local, local_address))
     }
 
     /// Replaces the streams, each limited to the nodes of its pods. Returns whether anything changed.

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, LazyLock};
 
 use hanse_policy::inventory::{Cluster, Endpoint, EndpointId, EndpointKind, Labels, Namespace, Service};
@@ -125,6 +125,33 @@ impl Assembly {
         let claimants = || claimants(&self.claims, address);
         // A single claimant owns it.
         claimants().nth(1).map_or_else(|| claimants().next(), |_| newest(&self.objects, claimants()))
+    }
+
+    /// Where packets to a port of a service go: the endpoints of this port, ready or not. None if there is no such service or port.
+    pub fn backends(&self, service: &NamespacedName, protocol: u8, port: u16) -> BTreeSet<SocketAddr> {
+        let key = Reference {
+            api_version: "v1".to_owned(),
+            kind: "Service".to_owned(),
+            namespace: Some(service.0.to_string()),
+            name: service.1.to_string(),
+        };
+        let ports = match self.objects.get(&key).map(|it| &it.object) {
+            Some(Object::Service(service)) => &service.ports[..],
+            _ => &[],
+        };
+        let Some(of) = ports.iter().find(|it| it.protocol == protocol && it.port == port) else {
+            return BTreeSet::new();
+        };
+        let named = |name: &Option<Arc<str>>| name.clone().unwrap_or_default();
+        let mut backends = BTreeSet::new();
+        for slice in self.slices.get(service).into_iter().flatten().filter_map(|key| self.objects.get(key)) {
+            let Object::EndpointSlice(slice) = &slice.object else { continue };
+            let same = slice.ports.iter().filter(|it| it.protocol == protocol && named(&it.name) == named(&of.name));
+            for number in same.filter_map(|it| it.port) {
+                backends.extend(slice.addresses().map(|address| SocketAddr::new(address, number)));
+            }
+        }
+        backends
     }
 
     /// Applies changes of objects. The cost is that of these objects, and of what depends on them; it grows with the logarithm of
