@@ -13,13 +13,16 @@ use kube::{Api, Client};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use crate::answered;
+use crate::{answered, answered_by, message};
 
 /// Without a renewal for this time, another process takes the Lease over.
 pub const DURATION: Duration = Duration::from_secs(15);
 /// Without a successful renewal for this time, [`Election::keep`] returns.
 const RENEW_WITHIN: Duration = Duration::from_secs(10);
 const EVERY: Duration = Duration::from_secs(2);
+/// How often the release is tried: a renewal that the process no longer waits for may come before it.
+const RELEASE_ATTEMPTS: usize = 3;
+const CONFLICT: u16 = 409;
 
 /// One candidate.
 pub struct Election {
@@ -152,18 +155,31 @@ impl Election {
 
     /// Gives the Lease back, so that another process need not wait.
     pub async fn release(&self) {
-        let release = async {
-            let Some(mut lease) = answered(self.api.get_opt(&self.name)).await? else { return anyhow::Ok(()) };
-            let spec = lease.spec.get_or_insert_default();
-            if spec.holder_identity.as_deref() == Some(&*self.identity) {
-                spec.holder_identity = None;
-                answered(self.api.replace(&self.name, &PostParams::default(), &lease)).await?;
+        let mut failed = None;
+        for _ in 0..RELEASE_ATTEMPTS {
+            match self.try_release().await {
+                Ok(()) => return,
+                Err(error) => {
+                    let is_conflict = matches!(&error, Some(kube::Error::Api(status)) if status.code == CONFLICT);
+                    failed = Some(error.map_or_else(|| "no answer of the API server".to_owned(), message));
+                    if !is_conflict {
+                        break;
+                    }
+                }
             }
-            Ok(())
-        };
-        if let Err(error) = release.await {
-            warn!(error = format!("{error:#}"), lease = self.name, "the Lease was not released");
         }
+        warn!(error = failed, lease = self.name, "the Lease was not released");
+    }
+
+    /// `None`: no answer in time.
+    async fn try_release(&self) -> Result<(), Option<kube::Error>> {
+        let Some(mut lease) = answered_by(self.api.get_opt(&self.name)).await? else { return Ok(()) };
+        let spec = lease.spec.get_or_insert_default();
+        if spec.holder_identity.as_deref() == Some(&*self.identity) {
+            spec.holder_identity = None;
+            answered_by(self.api.replace(&self.name, &PostParams::default(), &lease)).await?;
+        }
+        Ok(())
     }
 
     /// Acquires or renews the Lease.
