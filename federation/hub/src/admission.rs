@@ -30,6 +30,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hanse_runtime::health::Condition;
 use hanse_runtime::shutdown::Shutdown;
 use kube::Client;
 
@@ -42,6 +43,9 @@ use review::Reviewer;
 
 use crate::metrics::HubMetrics;
 use crate::registry::Registry;
+
+/// How long a hub that has started waits for the use of its webhook before it is ready.
+const USABLE_WITHIN: Duration = Duration::from_secs(30);
 
 /// How the webhook is served.
 #[derive(Debug, Clone)]
@@ -64,6 +68,24 @@ pub struct Admission {
     pub listening: SocketAddr,
     /// Whether API servers can use it.
     pub state: tokio::sync::watch::Receiver<State>,
+    /// Cancelled when API servers can use it for the first time.
+    pub settled: tokio_util::sync::CancellationToken,
+}
+
+impl Admission {
+    /// Makes `usable` true, for good, when API servers can use the webhook for the first time: until then, their requests should go to
+    /// other hubs. After [`USABLE_WITHIN`] it is true in any case, since members need this hub also while no API server answers.
+    pub fn set_when_usable(&self, usable: Condition, shutdown: &Shutdown) {
+        let (settled, stop) = (self.settled.clone(), shutdown.token());
+        shutdown.spawn("readiness of the webhook", async move {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = settled.cancelled() => {}
+                () = tokio::time::sleep(USABLE_WITHIN) => {}
+            }
+            usable.set(true);
+        });
+    }
 }
 
 /// Serves the webhook, and keeps its configuration in the API server, until the shutdown.
@@ -84,7 +106,36 @@ pub async fn start(
     let (approvals, stop) = (Approvals::new(client.clone(), registry), shutdown.token());
     shutdown.supervise("approvals", move || approvals.clone().run(stop.clone()));
     let (keeper, state) = Keeper::new(client, options.configuration, options.address, certificates);
-    let stop = shutdown.token();
+    let (stop, settled) = (shutdown.token(), keeper.settled());
     shutdown.supervise("configuration of the webhook", move || keeper.clone().run(stop.clone()));
-    Ok(Admission { listening, state })
+    Ok(Admission { listening, state, settled })
+}
+
+#[cfg(test)]
+mod tests {
+    use hanse_runtime::health::Health;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn hub_is_ready_when_its_webhook_is_usable_or_late() {
+        let shutdown = Shutdown::default();
+        for is_settled in [true, false] {
+            let (health, settled) = (Health::default(), CancellationToken::new());
+            let (_, state) = tokio::sync::watch::channel(State::Unknown);
+            let listening = SocketAddr::from(([127, 0, 0, 1], 1));
+            let admission = Admission { listening, state, settled: settled.clone() };
+            admission.set_when_usable(health.condition("webhook"), &shutdown);
+            tokio::time::sleep(USABLE_WITHIN - Duration::from_secs(1)).await;
+            assert_eq!(health.waiting_for(), ["webhook"]);
+            if is_settled {
+                settled.cancel();
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            } else {
+                tokio::time::sleep(Duration::from_secs(2)).await;
+            }
+            assert!(health.waiting_for().is_empty(), "settled: {is_settled}");
+        }
+    }
 }

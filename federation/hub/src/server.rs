@@ -388,7 +388,9 @@ impl Hub {
             let client = access.client().await.context("start the operator")?;
             if let Some(webhook) = options.webhook {
                 let webhook = admission::start(webhook, client.clone(), registry.clone(), &counted, shutdown).await;
-                administration = administration.with_webhook(webhook.context("start the webhook")?.state);
+                let webhook = webhook.context("start the webhook")?;
+                webhook.set_when_usable(health.condition("webhook"), shutdown);
+                administration = administration.with_webhook(webhook.state);
             }
             let operator = Operator::new(client, administration.clone(), registry.clone(), realisations);
             let operator = operator.with_metrics(&counted.operator);

@@ -172,6 +172,8 @@ pub(super) struct Keeper {
     address: Address,
     certificates: Arc<Certificates>,
     state: Arc<watch::Sender<State>>,
+    /// Cancelled when the first certificate is served, which API servers know.
+    settled: CancellationToken,
 }
 
 impl Keeper {
@@ -182,7 +184,13 @@ impl Keeper {
         certificates: Arc<Certificates>,
     ) -> (Self, watch::Receiver<State>) {
         let (state, receiver) = watch::channel(State::Unknown);
-        (Self { api: Api::all(client), name, address, certificates, state: Arc::new(state) }, receiver)
+        let (api, state, settled) = (Api::all(client), Arc::new(state), CancellationToken::new());
+        (Self { api, name, address, certificates, state, settled }, receiver)
+    }
+
+    /// Cancelled when API servers can use the webhook for the first time.
+    pub(super) fn settled(&self) -> CancellationToken {
+        self.settled.clone()
     }
 
     pub(super) async fn run(self, stop: CancellationToken) {
@@ -197,12 +205,14 @@ impl Keeper {
                 Ok(()) => {
                     backoff.reset();
                     let since = *complete.get_or_insert_with(tokio::time::Instant::now);
-                    if self.certificates.has_next() && since.elapsed() < settled {
+                    let is_new = self.certificates.has_next() || !self.settled.is_cancelled();
+                    if is_new && since.elapsed() < settled {
                         settled.saturating_sub(since.elapsed())
                     } else {
                         if self.certificates.advance() {
                             info!("certificate of the webhook renewed");
                         }
+                        self.settled.cancel();
                         complete = None;
                         every
                     }
@@ -305,6 +315,12 @@ fn encoded(der: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use http_body_util::{BodyExt as _, Full};
+    use hyper::{Method, Request, Response};
+    use kube::client::Body;
+
     use super::*;
 
     fn with_bundle(bundle: &str) -> ValidatingWebhookConfiguration {
@@ -336,6 +352,40 @@ mod tests {
         let all = bundle(&with_bundle(&many), &own, now);
         assert_eq!(all.matches("BEGIN CERTIFICATE").count(), MAX_CERTIFICATES);
         assert!(all.contains(&own[0]));
+    }
+
+    #[tokio::test]
+    async fn webhook_is_usable_when_api_servers_know_what_it_serves() {
+        let stored = Arc::new(Mutex::new((with_bundle(""), None)));
+        let server = Arc::clone(&stored);
+        let server = tower::service_fn(move |request: Request<Body>| {
+            let stored = Arc::clone(&server);
+            async move {
+                let is_write = request.method() == Method::PUT;
+                let body = request.into_body().collect().await?.to_bytes();
+                let mut stored = stored.lock().expect("not poisoned");
+                if is_write {
+                    *stored = (serde_json::from_slice(&body).expect("a configuration"), Some(SystemTime::now()));
+                }
+                let text = serde_json::to_vec(&stored.0).expect("JSON");
+                Ok::<_, kube::Error>(Response::new(Full::new(bytes::Bytes::from(text))))
+            }
+        });
+        // Its certificate is served a second after it was written.
+        let made = Certificates::new("127.0.0.1".to_owned(), Duration::from_secs(10)).expect("a certificate");
+        let (made, client) = (Arc::new(made), Client::new(server, "default"));
+        let address = Address::Url { host: "127.0.0.1".to_owned(), port: 1 };
+        let (keeper, _state) = Keeper::new(client, "hub".to_owned(), address, Arc::clone(&made));
+        let (settled, stop) = (keeper.settled(), CancellationToken::new());
+        let running = tokio::spawn(keeper.run(stop.clone()));
+        tokio::time::timeout(Duration::from_secs(60), settled.cancelled()).await.expect("it is usable");
+        let (found, written) = stored.lock().expect("not poisoned").clone();
+        assert!(written.and_then(|at| at.elapsed().ok()).is_some_and(|it| it >= Duration::from_secs(1)), "{written:?}");
+        let bundle = found.webhooks.and_then(|it| it[0].client_config.ca_bundle.clone()).expect("a bundle");
+        let known = made.known(SystemTime::now()).expect("known");
+        assert!(made.serving().is_some() && known.iter().any(|it| String::from_utf8_lossy(&bundle.0).contains(it)));
+        stop.cancel();
+        running.await.expect("no panic");
     }
 
     #[test]
