@@ -127,7 +127,7 @@ impl Assembly {
         claimants().nth(1).map_or_else(|| claimants().next(), |_| newest(&self.objects, claimants()))
     }
 
-    /// Where packets to a port of a service go: the endpoints of this port, ready or not. None if there is no such service or port.
+    /// Where packets to a port of a service go: the endpoints of this port, ready or not. Empty if the service or port does not exist.
     pub fn backends(&self, service: &NamespacedName, protocol: u8, port: u16) -> BTreeSet<SocketAddr> {
         let key = Reference {
             api_version: "v1".to_owned(),
