@@ -19,7 +19,7 @@ use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, ListParams};
 use serde_json::Value;
 
-use super::installed::{AGENTS, MEMBERS};
+use super::installed::{AGENTS, MEMBERS, OPEN_FOR_CLIENT};
 use super::{NAMESPACE, PATIENCE, success};
 use crate::clusters::east::East;
 use crate::clusters::nodes::addresses;
@@ -33,16 +33,6 @@ const OUTAGE: Duration = Duration::from_secs(18);
 /// A connection on a busy machine: its first packet is repeated after a second.
 const SLOW: Duration = Duration::from_millis(2_500);
 const PORT: u16 = 8080;
-
-/// The client may connect to the other pods, and nothing else may.
-const TRAFFIC: &str = "apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {name: web, namespace: default}
-spec:
-  podSelector: {matchLabels: {app: web}}
-  policyTypes: [Ingress]
-  ingress: [{from: [{podSelector: {matchLabels: {app: client}}}]}]
-";
 
 /// No pod may connect to the client: what changes.
 const CLOSED_CLIENT: &str = "apiVersion: networking.k8s.io/v1
@@ -173,7 +163,7 @@ pub async fn fails_over(east: &mut East, hub: &Pod) {
     secrets.delete("hanse-join", &DeleteParams::default()).await.expect("it is deleted");
     let web = east.ready("default", "app=web", 2).await;
     let client = east.ready("default", "app=client", 1).await.remove(0);
-    east.kubectl(&["apply", "-f", "-"], TRAFFIC);
+    east.kubectl(&["apply", "-f", "-"], OPEN_FOR_CLIENT);
     east.until_observed(&client, &web, Observed::Open).await;
     east.until_observed(&web[0], &web[1..], Observed::Closed).await;
     east.until_current(hub, AGENTS).await;

@@ -61,7 +61,8 @@ metadata: {name: web, namespace: default}
 spec: {podSelector: {matchLabels: {app: web}}, policyTypes: [Ingress]}
 ";
 
-const OPEN_FOR_CLIENT: &str = "apiVersion: networking.k8s.io/v1
+/// The client may connect to the other pods, and nothing else may.
+pub(super) const OPEN_FOR_CLIENT: &str = "apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {name: web, namespace: default}
 spec:
