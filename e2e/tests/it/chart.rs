@@ -305,6 +305,21 @@ fn schema_describes_every_value() {
     walk("", &schema, &values, &templates);
 }
 
+/// Kinds that Argo CD does not apply by default: what needs one of their objects would wait for ever.
+#[test]
+fn templates_have_no_kind_that_argo_cd_leaves_out() {
+    for (name, values) in value_sets() {
+        for object in rendered(&values) {
+            let kind = object["kind"].as_str().expect("a kind");
+            assert!(
+                !["Lease", "Endpoints", "EndpointSlice"].contains(&kind),
+                "{name}: {kind} {}",
+                object["metadata"]["name"]
+            );
+        }
+    }
+}
+
 #[test]
 fn pods_have_the_least_privileges() {
     for (name, values) in value_sets() {

@@ -437,7 +437,13 @@ async fn needs_its_rights(east: &East, fabric: &Fabric) {
             east.kubectl(&["--namespace", NAMESPACE, "patch", object, "--type=merge", "-p", patch], "")
         };
         clear("configmap/hanse-authority", r#"{"data":null}"#);
-        clear("lease/hanse-member", r#"{"spec":{"holderIdentity":null}}"#);
+        // Each begins without a holder; without the right to create the Lease, it must not exist.
+        east.kubectl(&["--namespace", NAMESPACE, "delete", "lease", STATE, "--ignore-not-found"], "");
+        if (missing.1.as_str(), missing.2.as_str()) != ("leases", "create") {
+            let metadata = json!({"name": STATE, "namespace": NAMESPACE});
+            let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata});
+            east.kubectl(&["create", "-f", "-"], &lease.to_string());
+        }
         east.kubectl(&["--namespace", NAMESPACE, "delete", "endpointslice", SLICE, "--ignore-not-found"], "");
         command.args(["--state-secret", "hanse/hanse-member", "--authority-config-map", "hanse/hanse-authority"]);
         command.args(["--agent-service", "hanse/hanse-member", "--agent-address", "192.0.2.1"]);
