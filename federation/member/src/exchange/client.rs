@@ -2,66 +2,43 @@
 //!
 //! No task waits for I/O while it has a lock. Connections are retried without limit; meanwhile, the last received state stays in use.
 
+mod opening;
+mod publishing;
+mod watching;
+
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::Context as _;
-use bytes::Bytes;
 use hanse_api::assemble::Changed;
 use hanse_exchange::codec;
 use hanse_exchange::interest::Interest;
-use hanse_exchange::limits::MAX_MESSAGE_BYTES;
-use hanse_exchange::message::{PublishRequest, PublishResponse, Refusals, WatchRequest, WatchResponse};
-use hanse_identity::tls::{Connection, Peer};
+use hanse_exchange::message::{PublishRequest, Refusals, WatchRequest, WatchResponse};
 use hanse_identity::token;
 use hanse_policy::inventory::Cluster;
 use hanse_proto::federation::v1 as pb;
-use hanse_proto::federation::v1::exchange_client::ExchangeClient;
 use hanse_protocol::reason::ExchangeProblem;
 use hanse_runtime::files::write_atomic;
 use hanse_runtime::health::Writes;
-use hanse_runtime::retry::Backoff;
 use hanse_runtime::shutdown::Shutdown;
-use prost::Message as _;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming};
-use tracing::Instrument as _;
 
 use super::model::Updates;
 use super::publisher::{ChangedExports, PublishSession, Publisher};
 use super::receiver::{ReceiveError, ReceiveProblem, Receiver};
 use crate::federated::Reader;
-use crate::hubs::{Choice, Hubs, Next, Reached, Targets};
+use crate::hubs::{Hubs, Targets};
 use crate::leadership::Leadership;
 use crate::registration::MemberIdentity;
 
-/// The capacity of a stream's send queue: at most 4 × 1 MiB.
-const OUTBOX: usize = 4;
-/// The interval between heartbeats on an idle stream.
-const HEARTBEAT: Duration = Duration::from_secs(2);
-/// The timeout of a stream without messages. The hub sends a heartbeat every 3 seconds.
-const SILENCE: Duration = Duration::from_secs(15);
-/// The interval between attempts to replace a stream after a renewal, while the old stream continues.
-const REOPEN_AFTER: Duration = Duration::from_secs(2);
-/// The interval between checks for a better replica of the hub.
-const CHOOSE_EVERY: Duration = Duration::from_millis(500);
-/// How long an open Watch stream may wait until the hub is as new as this member, if there are other hubs.
-const SERVED_WITHIN: Duration = Duration::from_secs(5);
-/// The maximum interval between attempts to connect to a hub.
-const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// The minimum interval between snapshots of received objects.
 const STORE_EVERY: Duration = Duration::from_secs(1);
 /// The same for published objects, of which only the numbering must survive a restart.
 const STORE_PUBLISHED_EVERY: Duration = Duration::from_secs(30);
 /// The interval between retries of a failed write.
 const RETRY_WRITE_AFTER: Duration = Duration::from_secs(2);
-/// The maximum size of a stored error of the hub.
-const MAX_ERROR_BYTES: usize = 512;
 /// The duration of a lease until the hub has sent it, and the accepted range.
 const LEASE: Duration = Duration::from_secs(30);
 const LEASE_AT_LEAST: Duration = Duration::from_secs(3);
@@ -420,265 +397,6 @@ impl Client {
         written.is_ok()
     }
 
-    async fn publish_for_ever(&self, identity: &MemberIdentity, hub: &str, stop: &CancellationToken) {
-        let mut backoff = Backoff::new(Duration::from_millis(100), MAX_RETRY_INTERVAL);
-        loop {
-            let ended = tokio::select! {
-                () = stop.cancelled() => return,
-                ended = self.publish_once(identity, hub, &mut backoff).instrument(tracing::info_span!("publish_stream", hub)) => ended,
-            };
-            match ended {
-                Ok(None) => {}
-                Ok(Some(replica)) => {
-                    tracing::debug!(hub, "not published to: another address leads to the same replica of the hub");
-                    tokio::select! {
-                        () = stop.cancelled() => return,
-                        () = self.shared.hubs.while_covered(hub, &replica) => {}
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(error = format!("{error:#}"), hub, "publish stream ended, trying again");
-                    if let Some(leadership) = self.shared.leadership.as_ref().filter(|_| is_replaced(&error)) {
-                        leadership.note_replaced();
-                    }
-                }
-            }
-            if !backoff.wait(stop).await {
-                return;
-            }
-        }
-    }
-
-    /// Publishes until the stream ends. Returns the replica if another address leads to it.
-    async fn publish_once(
-        &self,
-        identity: &MemberIdentity,
-        hub: &str,
-        backoff: &mut Backoff,
-    ) -> anyhow::Result<Option<Bytes>> {
-        let mut renewals = Renewals::of(identity);
-        let mut stream = within(self.open_publish(identity, hub)).await?;
-        let mut published = self.shared.published.subscribe();
-        let mut realisation = self.shared.realisation.subscribe();
-        realisation.mark_changed();
-        let mut beat = tokio::time::interval(HEARTBEAT);
-        loop {
-            let requests = self.poll(&mut stream.session);
-            for request in requests {
-                stream.outbox.send(codec::publish::encode_request(request)).await.context("publish")?;
-            }
-            let message = tokio::select! {
-                answer = stream.answers.message() => {
-                    let Some(answer) = answer.context("publish")? else { return Ok(None) };
-                    backoff.reset();
-                    let Some(answer) = codec::publish::decode_response(answer) else { continue };
-                    if let PublishResponse::Replica { id, hub } = &answer {
-                        stream.reached.serves(id, *hub);
-                    }
-                    let refused = matches!(answer, PublishResponse::Refusals(_));
-                    stream.session.take(&mut lock(&self.shared.publisher), answer);
-                    if refused {
-                        self.log_refusals(&stream.session);
-                    }
-                    continue;
-                }
-                replica = stream.reached.covered() => return Ok(Some(replica)),
-                changed = published.changed() => { changed.context("publish")?; continue }
-                changed = realisation.changed() => {
-                    changed.context("publish")?;
-                    match realisation.borrow_and_update().clone() {
-                        Some(realisation) => PublishRequest::Report(realisation.encode_to_vec().into()),
-                        None => continue,
-                    }
-                }
-                _ = beat.tick() => self.heartbeat(),
-                // After a renewal, a new connection replaces this one as soon as it is open.
-                opened = renewals.opened(hub, || self.open_publish(identity, hub)) => {
-                    stream = opened;
-                    realisation.mark_changed();
-                    continue;
-                }
-            };
-            stream.outbox.send(codec::publish::encode_request(message)).await.context("publish")?;
-        }
-    }
-
-    /// Opens a Publish stream and waits for the welcome.
-    async fn open_publish(&self, identity: &MemberIdentity, hub: &str) -> anyhow::Result<PublishStream> {
-        let connection = identity.connect(hub).await?;
-        let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let (outbox, sending) = mpsc::channel(OUTBOX);
-        let open = PublishSession::open(&lock(&self.shared.publisher), &self.shared.instance);
-        outbox.send(codec::publish::encode_request(open)).await?;
-        let answers = client.publish(ReceiverStream::new(sending)).await;
-        let mut answers = answers.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();
-        let mut session = PublishSession::default();
-        let mut served_by = None;
-        loop {
-            let answer = answers.message().await.context("read the first response")?;
-            match codec::publish::decode_response(answer.context("the hub closed the stream")?) {
-                // It precedes the welcome.
-                Some(PublishResponse::Replica { id, hub }) => served_by = Some((id, hub)),
-                Some(welcome) => {
-                    session.take(&mut lock(&self.shared.publisher), welcome);
-                    break;
-                }
-                None => {}
-            }
-        }
-        let reached = self.shared.hubs.reach(hub);
-        if let Some((replica, position)) = &served_by {
-            reached.serves(replica, *position);
-        }
-        Ok(PublishStream { outbox, answers, session, reached })
-    }
-
-    fn log_refusals(&self, session: &PublishSession) {
-        let mut logged = lock(&self.shared.refusals);
-        if *logged == *session.refusals() {
-            return;
-        }
-        let publisher = lock(&self.shared.publisher);
-        for (id, refusal) in &session.refusals().refusals {
-            let object = publisher.name_of(*id).unwrap_or_default();
-            tracing::warn!(object, id, %refusal, "object of this cluster refused by the hub");
-        }
-        logged.clone_from(session.refusals());
-    }
-
-    async fn watch_for_ever(&self, identity: &MemberIdentity, stop: &CancellationToken) {
-        let mut choice = Choice::default();
-        let mut moving: Option<(String, Connection)> = None;
-        loop {
-            let (hub, connection) = match moving.take() {
-                Some((hub, connection)) => (hub, Some(connection)),
-                None => tokio::select! {
-                    () = stop.cancelled() => return,
-                    hub = self.next_hub(&mut choice) => (hub, None),
-                },
-            };
-            let watched = self.watch_once(identity, &hub, connection, &mut choice);
-            let ended = tokio::select! {
-                () = stop.cancelled() => return,
-                ended = watched.instrument(tracing::info_span!("watch_stream", hub)) => ended,
-            };
-            lock(&self.shared.watching).hub = None;
-            if let Ok(WatchEnd::Moves(to, connection)) = ended {
-                tracing::info!(from = hub, to, "watching another replica of the hub");
-                moving = Some((to, connection));
-                continue;
-            }
-            choice.failed(&hub, Instant::now());
-            {
-                let mut receiver = lock(&self.shared.receiver);
-                receiver.disconnected();
-                // After any other error, the request is sent again unchanged: another hub, or a newer version, may accept it.
-                receiver.set_rejected(ended.as_ref().err().and_then(rejected));
-            }
-            let error = match ended {
-                Ok(_) => "the hub closed the stream".to_owned(),
-                Err(error) => {
-                    let error = clip(&format!("{error:#}"));
-                    tracing::warn!(error, hub, "watch stream ended, trying again; the received state stays in use");
-                    error
-                }
-            };
-            lock(&self.shared.watching).error = Some(error);
-        }
-    }
-
-    /// The replica to watch next, as soon as it may be tried.
-    async fn next_hub(&self, choice: &mut Choice) -> String {
-        let mut changes = self.shared.hubs.changes();
-        loop {
-            let view = Arc::clone(&changes.borrow_and_update());
-            match choice.next(&view, Instant::now()) {
-                Next::Hub(hub) => return hub,
-                Next::At(at) => tokio::select! {
-                    () = tokio::time::sleep_until(at) => {}
-                    // This client has the sender.
-                    _ = changes.changed() => {}
-                },
-            }
-        }
-    }
-
-    async fn watch_once(
-        &self,
-        identity: &MemberIdentity,
-        hub: &str,
-        connection: Option<Connection>,
-        choice: &mut Choice,
-    ) -> anyhow::Result<WatchEnd> {
-        let mut renewals = Renewals::of(identity);
-        let mut moves = Moves::new(self, identity);
-        let mut own = self.shared.own.subscribe();
-        let connection = match connection {
-            Some(connection) => connection,
-            None => within(connect(identity, hub)).await?,
-        };
-        let (mut outbox, mut incoming) = within(self.open_watch(connection, &mut own)).await?;
-        let mut opened = Instant::now();
-        loop {
-            let answers = tokio::select! {
-                message = tokio::time::timeout(SILENCE, incoming.message()) => {
-                    let message = message.context("the hub is silent")?.context("watch")?;
-                    let Some(message) = message else { return Ok(WatchEnd::Closed) };
-                    let answers = self.receive(message)?;
-                    if self.with_receiver(Receiver::is_served) {
-                        choice.serves(hub);
-                        lock(&self.shared.watching).hub.get_or_insert_with(|| hub.to_owned());
-                    } else if opened.elapsed() > SERVED_WITHIN && self.shared.hubs.all().len() > 1 {
-                        anyhow::bail!("the hub has older objects than this cluster");
-                    }
-                    answers
-                }
-                changed = own.changed() => {
-                    changed.context("watch")?;
-                    let wanted = own.borrow_and_update().clone();
-                    let request = lock(&self.shared.receiver).set_own(&wanted);
-                    request.map(codec::watch::encode_request).into_iter().collect::<Vec<_>>()
-                }
-                // Only the connection is opened in advance: the receiver supports one stream at a time.
-                connection = renewals.opened(hub, || connect(identity, hub)) => {
-                    (outbox, incoming) = within(self.open_watch(connection, &mut own)).await?;
-                    opened = Instant::now();
-                    continue;
-                }
-                (to, connection) = moves.opened(hub, choice) => return Ok(WatchEnd::Moves(to, connection)),
-            };
-            for answer in answers {
-                // Detects a hub that does not read.
-                let sent = tokio::time::timeout(SILENCE, outbox.send(answer)).await;
-                sent.context("the hub does not read the stream")?.context("send a response")?;
-            }
-        }
-    }
-
-    /// Opens a Watch stream and waits for the first message.
-    async fn open_watch(
-        &self,
-        connection: Connection,
-        own: &mut watch::Receiver<Interest>,
-    ) -> anyhow::Result<(mpsc::Sender<pb::WatchRequest>, Streaming<pb::WatchResponse>)> {
-        let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let (outbox, sending) = mpsc::channel(OUTBOX);
-        let open = {
-            let mut receiver = lock(&self.shared.receiver);
-            receiver.set_own(&own.borrow_and_update());
-            receiver.open()
-        };
-        outbox.send(codec::watch::encode_request(open)).await?;
-        let incoming = client.watch(ReceiverStream::new(sending)).await;
-        let mut incoming = incoming.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();
-        let first = incoming.message().await.context("watch")?.context("the hub closed the stream")?;
-        let answers = self.receive(first)?;
-        for answer in answers {
-            outbox.send(answer).await.context("send a response")?;
-        }
-        Ok((outbox, incoming))
-    }
-
     /// Stores received objects, so that the member starts without a hub.
     async fn store_received_for_ever(&self, stop: &CancellationToken) {
         let mut received = self.changes();
@@ -720,153 +438,6 @@ impl Client {
     }
 }
 
-/// An open Publish stream.
-struct PublishStream {
-    outbox: mpsc::Sender<pb::PublishRequest>,
-    answers: Streaming<pb::PublishResponse>,
-    session: PublishSession,
-    reached: Reached,
-}
-
-/// Why a Watch stream ended.
-enum WatchEnd {
-    Closed,
-    /// The next stream is opened on this connection to another replica.
-    Moves(String, Connection),
-}
-
-/// Finds a better replica to watch, and connects to it while the present stream is served.
-struct Moves<'a> {
-    client: &'a Client,
-    identity: &'a MemberIdentity,
-    check: Instant,
-    opening: Option<(String, Opening<'a>)>,
-}
-
-type Opening<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Connection>> + Send + 'a>>;
-
-impl<'a> Moves<'a> {
-    fn new(client: &'a Client, identity: &'a MemberIdentity) -> Self {
-        Self { client, identity, check: Instant::now() + CHOOSE_EVERY, opening: None }
-    }
-
-    /// Waits until a better replica is connected. Cancel safe: a later call continues.
-    async fn opened(&mut self, watched: &str, choice: &mut Choice) -> (String, Connection) {
-        loop {
-            let Some((to, opening)) = &mut self.opening else {
-                tokio::time::sleep_until(self.check).await;
-                let now = Instant::now();
-                self.check = now + CHOOSE_EVERY;
-                let (received, _) = self.client.with_receiver(Receiver::positions);
-                if let Some(to) = choice.better(watched, received, &self.client.shared.hubs.view(), now) {
-                    let (identity, hub) = (self.identity, to.clone());
-                    let opening = async move { within(connect(identity, &hub)).await };
-                    self.opening = Some((to, Box::pin(opening)));
-                }
-                continue;
-            };
-            let (opened, to) = (opening.await, to.clone());
-            self.opening = None;
-            match opened {
-                Ok(connection) => return (to, connection),
-                Err(error) => {
-                    let error = format!("{error:#}");
-                    tracing::warn!(error, hub = to, "preferred replica of the hub not reached; the stream stays");
-                    choice.failed(&to, Instant::now());
-                }
-            }
-        }
-    }
-}
-
-/// Opens a stream with a timeout.
-async fn within<T>(opening: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    tokio::time::timeout(SILENCE, opening).await.context("the hub is silent")?
-}
-
-fn not_opened(hub: &Peer, status: &Status) -> anyhow::Error {
-    anyhow::anyhow!("open the stream: {}", hub.explain(status))
-}
-
-/// The message of the hub, if a stream ended because the hub rejected a request.
-fn rejected(error: &anyhow::Error) -> Option<String> {
-    let status = error.chain().find_map(|cause| cause.downcast_ref::<tonic::Status>())?;
-    // `OutOfRange`: the message is too large.
-    matches!(status.code(), tonic::Code::InvalidArgument | tonic::Code::OutOfRange).then(|| clip(status.message()))
-}
-
-/// Whether a stream ended because the hub serves another process with the key of the cluster.
-fn is_replaced(error: &anyhow::Error) -> bool {
-    let status = error.chain().find_map(|cause| cause.downcast_ref::<tonic::Status>());
-    status.is_some_and(|status| status.code() == tonic::Code::Aborted)
-}
-
-/// Limits the size of an error.
-fn clip(text: &str) -> String {
-    text[..text.floor_char_boundary(MAX_ERROR_BYTES)].to_owned()
-}
-
-async fn connect(identity: &MemberIdentity, hub: &str) -> anyhow::Result<Connection> {
-    Ok(identity.connect(hub).await?)
-}
-
-/// Opens a new stream after each renewal of the certificate.
-struct Renewals<'a, T> {
-    changed: watch::Receiver<()>,
-    again: Option<Instant>,
-    opening: Option<Pin<Box<dyn Future<Output = anyhow::Result<T>> + Send + 'a>>>,
-}
-
-impl<'a, T: 'a> Renewals<'a, T> {
-    fn of(identity: &MemberIdentity) -> Self {
-        let mut changed = identity.credentials().subscribe();
-        changed.mark_unchanged();
-        Self { changed, again: None, opening: None }
-    }
-
-    /// Waits for the next renewal, then returns the result of `open`. Cancel safe: a later call continues, so that the caller can serve
-    /// the old stream meanwhile.
-    async fn opened<F>(&mut self, hub: &str, open: impl Fn() -> F) -> T
-    where
-        F: Future<Output = anyhow::Result<T>> + Send + 'a,
-    {
-        loop {
-            let Some(opening) = &mut self.opening else {
-                self.due().await;
-                self.opening = Some(Box::pin(within(open())));
-                continue;
-            };
-            let opened = opening.await;
-            self.opening = None;
-            match opened {
-                Ok(opened) => return opened,
-                Err(error) => {
-                    let error = format!("{error:#}");
-                    tracing::warn!(
-                        error,
-                        hub,
-                        "stream with the renewed certificate not opened; the old stream stays in use"
-                    );
-                    self.again = Some(Instant::now() + REOPEN_AFTER);
-                }
-            }
-        }
-    }
-
-    async fn due(&mut self) {
-        let changed = async { drop(self.changed.changed().await) };
-        match self.again {
-            None => changed.await,
-            Some(again) => tokio::select! {
-                () = changed => {}
-                () = tokio::time::sleep_until(again) => {}
-            },
-        }
-        self.again = None;
-        self.changed.mark_unchanged();
-    }
-}
-
 /// Reads a snapshot. `None`: the file does not exist, or is damaged, which is logged.
 fn read(path: &Path) -> Option<Vec<u8>> {
     let bytes = std::fs::read(path).ok()?;
@@ -880,7 +451,7 @@ fn read(path: &Path) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use hanse_exchange::message::InterestChange;
+    use hanse_exchange::message::{InterestChange, PublishResponse};
     use hanse_exchange::model::Position;
     use hanse_runtime::health::Health;
 
@@ -930,45 +501,6 @@ mod tests {
         let begins_with = client.take_updates().map_or(Position::default(), |updates| updates.in_force);
         lock(&client.shared.receiver).open();
         (client, begins_with.revision)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn old_stream_is_served_while_the_next_one_opens() {
-        let (renewed, changed) = watch::channel(());
-        let mut renewals = Renewals { changed, again: None, opening: None };
-        let (asked, answers) = (std::cell::Cell::new(0), mpsc::channel::<anyhow::Result<u32>>(2));
-        let answered = Arc::new(tokio::sync::Mutex::new(answers.1));
-        let open = || {
-            asked.set(asked.get() + 1);
-            let answered = answered.clone();
-            async move { answered.lock().await.recv().await.expect("an answer") }
-        };
-        // The old stream receives a message each millisecond, and each cancels the future.
-        let mut messages = tokio::time::interval(Duration::from_millis(1));
-        messages.tick().await;
-        let mut serve = async |until: u32| -> Option<u32> {
-            for _ in 0..until {
-                tokio::select! {
-                    _ = messages.tick() => {}
-                    opened = renewals.opened("hub", open) => return Some(opened),
-                }
-            }
-            None
-        };
-        assert_eq!(serve(50).await, None, "nothing was renewed");
-        assert_eq!(asked.get(), 0);
-        renewed.send_replace(());
-        assert_eq!(serve(50).await, None);
-        assert_eq!(asked.get(), 1, "once, however often the future was dropped");
-        answers.0.send(Err(anyhow::anyhow!("down"))).await.expect("sent");
-        assert_eq!(serve(10).await, None, "it is tried again later");
-        answers.0.send(Ok(7)).await.expect("sent");
-        assert_eq!(serve(REOPEN_AFTER.as_millis() as u32 + 10).await, Some(7));
-        assert_eq!(asked.get(), 2);
-        // A hub that does not respond causes a timeout.
-        renewed.send_replace(());
-        assert_eq!(serve((SILENCE + REOPEN_AFTER).as_millis() as u32 + 10).await, None);
-        assert_eq!(asked.get(), 4);
     }
 
     #[test]
