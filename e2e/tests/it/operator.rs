@@ -15,6 +15,7 @@ use crate::chart;
 
 mod clusters;
 mod command;
+mod proxy;
 mod refusals;
 mod rights;
 mod writes;

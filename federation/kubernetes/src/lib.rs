@@ -5,6 +5,7 @@
 pub mod change;
 pub mod election;
 pub mod metrics;
+mod proxy;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -38,10 +39,10 @@ impl Access {
         let mut config = match &self.kubeconfig {
             Some(path) => {
                 let file = || format!("read {} (--kubeconfig)", path.display());
-                let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
                 let kubeconfig = Kubeconfig::read_from(path).with_context(file)?;
-                Config::from_custom_kubeconfig(kubeconfig, &options).await.with_context(file)?
+                self.of_kubeconfig(kubeconfig).await.with_context(file)?
             }
+            // Directly, whatever the environment says: a pod reaches its API server without a proxy.
             None => Config::incluster().context(
                 "the service account of the pod: give --kubeconfig to a process that does not run in a pod of the cluster",
             )?,
@@ -58,12 +59,30 @@ impl Access {
         if self.kubeconfig.is_some() {
             return self.client().await;
         }
-        let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
         let file = "read the kubeconfig (KUBECONFIG, or ~/.kube/config); --kubeconfig names another one";
         let kubeconfig = Kubeconfig::read().context(file)?;
-        let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await.context(file)?;
+        let mut config = self.of_kubeconfig(kubeconfig).await.context(file)?;
         config.connect_timeout = Some(ANSWER_WITHIN);
         Client::try_from(config).context(file)
+    }
+
+    async fn of_kubeconfig(&self, mut kubeconfig: Kubeconfig) -> anyhow::Result<Config> {
+        let declared = proxy::take(&mut kubeconfig, self.context.as_deref())?;
+        let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
+        let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
+        let server = &config.cluster_url;
+        let to = proxy::Destination {
+            is_https: server.scheme_str() != Some("http"),
+            host: server.host().unwrap_or_default(),
+            port: server.port_u16(),
+        };
+        let proxy = match declared {
+            Some(declared) => Some(declared),
+            None => proxy::Environment::of_process().proxy(to)?,
+        };
+        // A parse error names the character, and not the URL.
+        config.proxy_url = proxy.map(|url| url.parse()).transpose().context("read the URL of the proxy")?;
+        Ok(config)
     }
 
     /// Connects to the API server.
