@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 mod failover;
 mod images;
 pub(crate) mod installed;
+mod openshift;
 mod state;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -23,14 +24,16 @@ pub(crate) const NAMESPACE: &str = "hanse";
 /// Helm takes its own version for that of a server that it does not know.
 const VERSION: &str = "v1.36.0";
 const DIGEST: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-/// Where an object of Prometheus' operator, or of cert-manager, may be stored.
+/// The set of values with which the hub uses the network of its node.
+const ON_HOST: &str = "hub on host";
+/// Where an object of Prometheus' operator, of cert-manager, or of OpenShift may be stored.
 const DEFINITION: &str = "apiVersion: apiextensions.k8s.io/v1
 kind: CustomResourceDefinition
 metadata: {name: PLURAL.GROUP}
 spec:
   group: GROUP
   names: {kind: KIND, plural: PLURAL}
-  scope: Namespaced
+  scope: SCOPE
   versions:
   - name: v1
     served: true
@@ -104,6 +107,7 @@ pub(crate) fn value_sets() -> BTreeMap<&'static str, Value> {
     let hub = set(set(complete(), "member.enabled", json!(false)), "agent.enabled", json!(false));
     let mut all = complete();
     for (path, value) in [
+        ("openshift.enabled", json!(true)),
         ("image.pullSecrets", json!(["registry"])),
         ("hub.service", json!({"type": "LoadBalancer", "annotations": {"example.com/a": "b"}})),
         ("hub.persistence", json!({"storageClassName": "", "whenDeleted": "Delete"})),
@@ -146,8 +150,17 @@ pub(crate) fn value_sets() -> BTreeMap<&'static str, Value> {
     let etcd = set(set(hub.clone(), "hub.replicas", json!(3)), "hub.keySecret", json!({"name": "hanse-unlock"}));
     let url = "etcds://etcd-0.etcd:2379,etcd-1.etcd:2379/hanse?ca=/etc/hanse/etcd/ca.crt";
     let etcd = set(etcd, "hub.etcd", json!({"url": url, "secretName": "hanse-etcd"}));
+    let mut on_host = set(complete(), "openshift.enabled", json!(true));
+    for (path, value) in [
+        ("hub.hostNetwork", json!(true)),
+        ("hub.operator", json!({"enabled": true})),
+        ("hub.webhook", json!({"enabled": true, "clientCA": {"secretName": "api-server-ca"}})),
+    ] {
+        on_host = set(on_host, path, value);
+    }
     let sets = [
         ("complete", complete()),
+        (ON_HOST, on_host),
         ("remote hub", remote),
         ("hub only", hub),
         ("all options", all),
@@ -264,6 +277,15 @@ fn wrong_values_are_refused_by_name() {
             "hub.webhook.clientCA.secretName is empty, and hub.networkPolicy is false",
         ),
         ("hub.webhook.certificateSeconds", json!(1), "/hub/webhook/certificateSeconds"),
+        (
+            "hub",
+            json!({
+                "enabled": true, "image": {"digest": DIGEST}, "operator": {"enabled": true}, "hostNetwork": true,
+                "webhook": {"enabled": true, "from": [{"ipBlock": {"cidr": "192.0.2.1/32"}}]},
+            }),
+            "hub.webhook.clientCA.secretName is empty, and hub.hostNetwork is true",
+        ),
+        ("openshift.enabled", json!("yes"), "/openshift/enabled"),
     ] {
         let refused = output(&mut template(&set(complete(), path, value.clone())), "");
         let message = text(&refused.stderr);
@@ -329,7 +351,8 @@ fn pods_have_the_least_privileges() {
             let at = format!("{name}: {component}");
             let flag = |key: &str| pod[key] == json!(true);
             assert!(!flag("hostPID") && !flag("hostIPC"), "{at}");
-            assert!(!flag("hostNetwork") || is_agent || is_member, "{at}");
+            let may_use_host = is_agent || is_member || name == ON_HOST;
+            assert!(!flag("hostNetwork") || may_use_host, "{at}");
             assert_eq!(flag("enableServiceLinks"), is_agent, "{at}: {pod}");
             // Only the member and the hub call the API server: for the operator, and to review the tokens of readers of metrics.
             let has = |argument: &str| list(&pod["containers"][0], "args").any(|it| it == argument);
@@ -588,12 +611,14 @@ fn releases_come_and_go_on_a_real_api_server() {
         let _controllers = Controllers::start(&server).await.expect("they work");
         let client = server.client().await.expect("a client");
         let monitoring = "monitoring.coreos.com";
-        for (kind, plural, group) in [
-            ("ServiceMonitor", "servicemonitors", monitoring),
-            ("PrometheusRule", "prometheusrules", monitoring),
-            ("Certificate", "certificates", "cert-manager.io"),
+        for (kind, plural, group, scope) in [
+            ("ServiceMonitor", "servicemonitors", monitoring, "Namespaced"),
+            ("PrometheusRule", "prometheusrules", monitoring, "Namespaced"),
+            ("Certificate", "certificates", "cert-manager.io", "Namespaced"),
+            ("SecurityContextConstraints", "securitycontextconstraints", "security.openshift.io", "Cluster"),
         ] {
             let definition = DEFINITION.replace("KIND", kind).replace("PLURAL", plural).replace("GROUP", group);
+            let definition = definition.replace("SCOPE", scope);
             manifests::apply(&client, "test", &definition).await.expect("it is established");
         }
         let namespace = format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {NAMESPACE}}}\n");
