@@ -240,6 +240,7 @@ fn readme_policies_are_enforced_in_two_clusters() {
                 }
 
                 joins_again(&clusters[0], &variables);
+                refuses_unresolved_addresses(&clusters[2], &variables);
                 assert!(agent_folder(scratch.path(), "train", 1).exists(), "agents keep their files there");
                 // Removed, nothing is left, and all is open again.
                 // It goes on in the same shell.
@@ -318,6 +319,47 @@ fn joins_again(train: &Cluster, variables: &[(&str, String)]) {
     let (manifests, notes) = join(&["--release=second", "--dry-run"]);
     assert!(manifests.contains("- --enforcement=Observe\n"), "{manifests}");
     assert!(notes.contains("Calico (kube-system/node-agent) enforces policy here"), "{notes}");
+}
+
+/// The StatefulSet of a hub whose replicas announce the names of their Services, without pods.
+const REPLICAS: &str = "apiVersion: apps/v1
+kind: StatefulSet
+metadata: {name: other-hanse-hub, namespace: hanse}
+spec:
+  replicas: 0
+  selector: {matchLabels: {app: other}}
+  template:
+    metadata: {labels: {app: other}}
+    spec:
+      containers:
+      - {name: hub, image: registry.example/hanse-hub, args: [run, '--advertise=$(POD_NAME).hanse.svc:7443']}
+";
+
+/// `hanse join` accepts no name of a Service that only the cluster of the hub resolves, and says so before it changes anything.
+fn refuses_unresolved_addresses(management: &Cluster, variables: &[(&str, String)]) {
+    hanse_e2e::federation::kubectl(&management.server, &["apply", "-f", "-"], REPLICAS).expect("it is applied");
+    for (release, host, named) in [
+        (
+            "hanse",
+            "hanse-hub.hanse.svc",
+            "--hub hanse-hub.hanse.svc:7443: only the cluster of the hub resolves this name",
+        ),
+        ("other", "hub.example", "the replicas of the hub announce $(POD_NAME).hanse.svc:7443"),
+    ] {
+        let mut command = Command::new(programs().join("hanse"));
+        command.args(["join", "--kube-context=train", "--hub-context=management", "--cluster=train"]);
+        command.args(["--registry=registry.example", "--hub-release", release, "--timeout=1"]);
+        command.args([format!("--hub={host}:7443"), format!("--join={host}:7444")]);
+        for image in ["member", "agent"] {
+            command.arg(format!("--{image}-digest={DIGEST}"));
+        }
+        let output = command.envs(variables.iter().cloned()).output().expect("it runs");
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && message.contains(named), "{message}");
+        assert!(!message.contains("installing") && !message.contains("upgrading"), "{message}");
+    }
+    let delete = ["delete", "--namespace=hanse", "statefulset/other-hanse-hub"];
+    hanse_e2e::federation::kubectl(&management.server, &delete, "").expect("it is deleted");
 }
 
 /// Where the agent of a node keeps its files.

@@ -15,6 +15,8 @@ mod engines;
 mod helm;
 mod hub;
 mod join;
+mod managed;
+mod progress;
 mod rollout;
 mod target;
 mod uninstall;
@@ -53,7 +55,7 @@ pub struct Settings {
 }
 
 /// Where a release is.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct Place {
     /// Namespace of the release.
     #[arg(long, value_name = "NAME", default_value = "hanse", value_parser = label)]
@@ -82,9 +84,13 @@ fn print(report: &str) -> anyhow::Result<ExitCode> {
     output::exit(writeln!(output::stdout(), "{manifests}").map_err(anyhow::Error::from), false)
 }
 
-/// A registry as the chart accepts it.
+/// What the chart accepts as `image.registry`.
+const REGISTRY: &str = "^[a-z0-9][a-z0-9.:/_-]*[a-z0-9]$";
+
+/// A registry as the chart accepts it: what its schema would refuse is refused before anything is done, with the message of Helm.
 fn registry(text: &str) -> Result<String, String> {
     let host = text.split('/').next().unwrap_or_default();
+    let is_inner = |it: u8| is_outer(it) || matches!(it, b'.' | b':' | b'/' | b'_' | b'-');
     match text {
         "" => Err("it is empty".to_owned()),
         _ if text.contains("://") => Err("it is HOST[:PORT][/PATH], without a scheme".to_owned()),
@@ -92,9 +98,18 @@ fn registry(text: &str) -> Result<String, String> {
         _ if text.contains('@') || text[host.len()..].contains(':') => {
             Err("it has no tag and no digest: the digests of images have options of their own".to_owned())
         }
-        _ if text.contains(char::is_whitespace) => Err("it contains a space".to_owned()),
-        _ => Ok(text.to_owned()),
+        _ => match text.as_bytes() {
+            [first, inner @ .., last] if is_outer(*first) && is_outer(*last) && inner.iter().copied().all(is_inner) => {
+                Ok(text.to_owned())
+            }
+            _ => Err(format!("at '/image/registry': '{text}' does not match pattern '{REGISTRY}'")),
+        },
     }
+}
+
+/// What [`REGISTRY`] allows at both ends.
+fn is_outer(byte: u8) -> bool {
+    matches!(byte, b'a'..=b'z' | b'0'..=b'9')
 }
 
 /// Checks the digest of an image. Not the parser of the option does: examples of help name variables.
@@ -126,13 +141,23 @@ mod tests {
 
     #[test]
     fn registry_has_no_scheme_and_no_tag() {
-        for text in ["registry.example", "registry.example:5000/hanse", "localhost:5000", "[2001:db8::1]:5000/a"] {
-            // The port of an IPv6 address is part of the host.
+        for text in ["registry.example", "registry.example:5000/hanse", "localhost:5000", "a1", "a/b_c-d"] {
             assert_eq!(registry(text).as_deref(), Ok(text));
         }
-        for text in ["", "https://registry.example", "registry.example/", "registry.example/a:1", "a/b@sha256:1", "a b"]
-        {
+        for text in ["", "https://registry.example", "registry.example/", "registry.example/a:1", "a/b@sha256:1"] {
             assert!(registry(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn registry_is_refused_as_by_the_chart() {
+        let schema = include_str!("../../../deploy/chart/values.schema.json");
+        let schema: serde_json::Value = serde_json::from_str(schema).expect("JSON");
+        assert_eq!(schema["properties"]["image"]["properties"]["registry"]["pattern"], REGISTRY);
+        for text in ["a b", "Registry.example", "registry.example/Hanse", "[2001:db8::1]:5000/a", "-a", "a.", "a", "ä1"]
+        {
+            let error = registry(text).expect_err(text);
+            assert_eq!(error, format!("at '/image/registry': '{text}' does not match pattern '{REGISTRY}'"));
         }
     }
 

@@ -98,18 +98,14 @@ impl Helm {
         self.run(&arguments).await
     }
 
-    /// Upgrades the release with one more value, without waiting. All others stay.
-    pub async fn set(&self, set: &str) -> anyhow::Result<()> {
-        let chart = self.chart();
-        let arguments: [OsString; 7] = [
-            "upgrade".into(),
-            self.place.release.clone().into(),
-            chart.into(),
-            "--reset-then-reuse-values".into(),
-            "--hide-notes".into(),
-            "--set".into(),
-            set.into(),
-        ];
+    /// Upgrades the release with more values, without waiting. All others stay.
+    pub async fn set(&self, values: &[&str]) -> anyhow::Result<()> {
+        let mut arguments: Vec<OsString> =
+            vec!["upgrade".into(), self.place.release.clone().into(), self.chart().into()];
+        arguments.extend(["--reset-then-reuse-values".into(), "--hide-notes".into()]);
+        for value in values {
+            arguments.extend(["--set".into(), value.into()]);
+        }
         self.run(&arguments).await.map(drop)
     }
 

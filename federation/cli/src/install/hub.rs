@@ -3,11 +3,12 @@
 use std::process::ExitCode;
 
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::helm::Helm;
-use super::target::{Target, create_namespace, followed, hub_service, is_balanced, outside_host};
-use super::{Settings, block_on, check_digest, print};
+use super::progress::{Report, followed};
+use super::target::{Target, create_namespace, hub_service, is_balanced, name_of, outside_host, service_of};
+use super::{Place, Settings, block_on, check_digest, print};
 use crate::output;
 
 /// Install the hub of a ClusterSet, with its operator, in the management cluster; or upgrade it.
@@ -67,7 +68,8 @@ impl Install {
         create_namespace(&client, &place.namespace, false).await?;
         let doing = if is_upgrade { "upgrading" } else { "installing" };
         output::note(format_args!("{doing} the hub in namespace {} of {}", place.namespace, target.title()));
-        let (installed, pods) = followed(&client, place, helm.install(&values, &settings)).await;
+        let work = helm.install(&values, &settings);
+        let (installed, progress) = followed(&client, place, Report::PodsAndWarnings, work).await;
         if let Err(error) = installed {
             let service = hub_service(&client, place).await.ok().flatten();
             let waits = service.is_some_and(|it| is_balanced(&it) && outside_host(&it).is_none());
@@ -78,7 +80,7 @@ impl Install {
                 }
                 false => "",
             };
-            return Err(error.context(format!("install the hub; ready: {pods}{why}")));
+            return Err(error.context(format!("install the hub ({}){why}", progress.text())));
         }
         let service = hub_service(&client, place).await?;
         let address = service.as_ref().and_then(outside_host);
@@ -94,6 +96,43 @@ impl Install {
                  addresses at which they reach it",
             ),
         }
+        let values = helm.values().await?.unwrap_or_default();
+        if let Some(announced) = announced(&values, place) {
+            output::note(format_args!(
+                "its replicas announce {announced}, which members of other clusters cannot resolve: give each Service {}-hub-NUMBER a name \
+                 that they can, and repeat the command with --set 'hub.advertise=$(POD_NAME).hub.example:7443' for names such as these",
+                name_of(place)
+            ));
+        }
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// What the replicas of the hub announce to members, if only the cluster of the hub can resolve it.
+fn announced(values: &Value, place: &Place) -> Option<String> {
+    let hub = &values["hub"];
+    // A hub with the embedded store announces nothing.
+    hub["etcd"]["url"].as_str().filter(|url| !url.is_empty())?;
+    let configured = hub["advertise"].as_str().filter(|it| !it.is_empty()).map(str::to_owned);
+    let announced = configured.unwrap_or_else(|| format!("$(POD_NAME).{}.svc:7443", place.namespace));
+    let host = announced.rsplit_once(':').map_or(announced.as_str(), |(host, _)| host);
+    service_of(host).is_some().then_some(announced)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn announced_name_of_a_service_is_reported() {
+        let place = Place { namespace: "hubs".to_owned(), release: "hanse".to_owned() };
+        for (hub, expected) in [
+            (json!({"etcd": {"url": ""}, "advertise": ""}), None),
+            (json!({"etcd": {"url": "etcd://etcd:2379"}, "advertise": ""}), Some("$(POD_NAME).hubs.svc:7443")),
+            (json!({"etcd": {"url": "etcd://etcd:2379"}, "advertise": "hub.a.svc:1"}), Some("hub.a.svc:1")),
+            (json!({"etcd": {"url": "etcd://etcd:2379"}, "advertise": "$(POD_NAME).hub.example:7443"}), None),
+        ] {
+            assert_eq!(announced(&json!({"hub": hub}), &place).as_deref(), expected, "{hub}");
+        }
     }
 }

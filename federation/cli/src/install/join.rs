@@ -6,17 +6,19 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 use hanse_kubernetes::answered;
-use k8s_openapi::api::core::v1::{Namespace, Node, Secret, Taint};
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::{Namespace, Node, Secret, Service, Taint};
 use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::helm::Helm;
+use super::progress::{Report, followed};
 use super::rollout::ready;
 use super::target::{
     CREATED, FIELD_MANAGER, JOIN_SECRET, Target, condition, create_namespace, custom_resources, delete_token_secret,
-    followed, hub_service, ignore_missing, is_balanced, outside_host, until,
+    hub_service, ignore_missing, is_balanced, name_of, outside_host, service_of, until,
 };
 use super::{Place, Settings, block_on, check_digest, engines, label, print};
 use crate::output;
@@ -176,14 +178,17 @@ impl Join {
             place.namespace,
             self.target.title()
         ));
-        let (installed, pods) = followed(&client, place, helm.install(&values, settings)).await;
-        installed.with_context(|| match pods.as_str() {
-            "" => "install member and agents".to_owned(),
-            pods => format!("install member and agents (pods that are ready: {pods})"),
-        })?;
-        hub.connected(name, settings).await?;
-        hub.remove_token(name).await?;
-        let nodes = ready(&client, place, settings.timeout()).await?;
+        let work = helm.install(&values, settings);
+        let (installed, progress) = followed(&client, place, Report::PodsAndWarnings, work).await;
+        installed.with_context(|| format!("install member and agents ({})", progress.text()))?;
+        let work = async {
+            hub.connected(name, settings).await?;
+            hub.remove_token(name).await?;
+            ready(&client, place, settings.timeout()).await
+        };
+        // Helm does not wait for all agents.
+        let (nodes, progress) = followed(&client, place, Report::Warnings, work).await;
+        let nodes = nodes.with_context(|| progress.text())?;
         let joined = Joined {
             cluster: name.clone(),
             namespace: place.namespace.clone(),
@@ -212,10 +217,24 @@ impl Join {
         management: &Target,
         client: &Client,
     ) -> anyhow::Result<(Vec<String>, Vec<String>)> {
+        let place = &hub.place;
+        let is_shared = cluster_id(client).await? == cluster_id(&hub.client).await?;
+        if !is_shared {
+            let given = self.hub.iter().map(|it| ("--hub", it)).chain(self.join.iter().map(|it| ("--join", it)));
+            for (option, address) in given {
+                if let Some(service) = unresolved(client, address, None).await? {
+                    bail!(
+                        "{option} {address}: only the cluster of the hub resolves this name, and the cluster of {} has no {service}: give an \
+                         address that its pods reach",
+                        self.target.title()
+                    );
+                }
+            }
+            hub.check_announced(client, management).await?;
+        }
         if !self.hub.is_empty() {
             return Ok((self.hub.clone(), self.join.clone()));
         }
-        let place = &hub.place;
         let Some(service) = hub_service(&hub.client, place).await? else {
             bail!(
                 "no hub in namespace {} of {} (release {}): install one with `hanse install`, or name it with --hub-context, \
@@ -225,7 +244,7 @@ impl Join {
                 place.release
             );
         };
-        if cluster_id(client).await? == cluster_id(&hub.client).await? {
+        if is_shared {
             let own = &self.settings.place;
             if (&own.namespace, &own.release) == (&place.namespace, &place.release) {
                 return Ok((Vec::new(), Vec::new()));
@@ -279,6 +298,23 @@ impl Hub {
             bail!("MemberCluster {cluster} has the acceptance Revoked: set it to Accepted, or delete the object");
         }
         Ok(found.data["status"]["certificateExpirationTime"].is_string())
+    }
+
+    /// Replicas of the hub announce addresses that the cluster can resolve: members leave the first address for them.
+    async fn check_announced(&self, client: &Client, management: &Target) -> anyhow::Result<()> {
+        let (api, name): (Api<StatefulSet>, _) =
+            (Api::namespaced(self.client.clone(), &self.place.namespace), format!("{}-hub", name_of(&self.place)));
+        let hub = answered(api.get_opt(&name)).await.with_context(|| format!("read StatefulSet {name} of the hub"))?;
+        let pod = hub.and_then(|it| it.spec).and_then(|it| it.template.spec).unwrap_or_default();
+        let mut arguments = pod.containers.iter().flat_map(|it| it.args.iter().flatten());
+        let Some(announced) = arguments.find_map(|it| it.strip_prefix("--advertise=")) else { return Ok(()) };
+        let Some(service) = unresolved(client, announced, Some(&format!("{name}-0"))).await? else { return Ok(()) };
+        bail!(
+            "the replicas of the hub announce {announced}, a name that only the cluster of {} resolves, and this cluster has no {service}: \
+             give each Service {name}-NUMBER a name that other clusters resolve, and set the value hub.advertise of the hub's release to \
+             it, for example `hanse install --set 'hub.advertise=$(POD_NAME).hub.example:7443'`",
+            management.title()
+        );
     }
 
     /// A token of the cluster that was not used, in base64: that of its ClusterJoinToken, which is created if needed.
@@ -394,6 +430,18 @@ impl Hub {
         }
         Ok(())
     }
+}
+
+/// The Service that an address HOST:PORT names, if the cluster has none of this name. `pod` is the name of a pod of the hub.
+async fn unresolved(client: &Client, address: &str, pod: Option<&str>) -> anyhow::Result<Option<String>> {
+    let address = address.replace("$(POD_NAME)", pod.unwrap_or_default());
+    let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+    let Some((name, namespace)) = service_of(host) else { return Ok(None) };
+    let title = format!("Service {namespace}/{name}");
+    // A Service of the same name may lead to the hub, for example in a cluster mesh.
+    let api: Api<Service> = Api::namespaced(client.clone(), namespace);
+    let found = answered(api.get_opt(name)).await.with_context(|| format!("look for {title}"))?;
+    Ok(found.is_none().then_some(title))
 }
 
 /// The nodes on which a member can run.

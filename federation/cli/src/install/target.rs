@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use hanse_kubernetes::{Access, answered};
-use k8s_openapi::api::core::v1::{Namespace, Pod, Secret, Service};
+use k8s_openapi::api::core::v1::{Namespace, Secret, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt as _};
@@ -135,54 +135,6 @@ pub fn outside_host(service: &Service) -> Option<String> {
     ingress.iter().find_map(|it| it.ip.clone().or_else(|| it.hostname.clone()))
 }
 
-/// What the pods of a release do, in words: `hub 1/1, agent 2/3 (ImagePullBackOff)`.
-async fn pods(client: &Client, place: &Place) -> anyhow::Result<String> {
-    let api: Api<Pod> = Api::namespaced(client.clone(), &place.namespace);
-    let labels = of_release(place);
-    let list = answered(api.list(&ListParams::default().labels(&labels))).await?;
-    let mut components = std::collections::BTreeMap::<String, (usize, usize, Option<String>)>::new();
-    for pod in list.items.iter().filter(|it| it.metadata.deletion_timestamp.is_none()) {
-        let component = pod.labels().get("app.kubernetes.io/component").cloned().unwrap_or_default();
-        let (ready, all, why) = components.entry(component).or_default();
-        let Some(status) = &pod.status else { continue };
-        let conditions = || status.conditions.iter().flatten();
-        let is_ready = conditions().any(|it| it.type_ == "Ready" && it.status == "True");
-        (*ready, *all) = (*ready + usize::from(is_ready), *all + 1);
-        if !is_ready && why.is_none() {
-            let containers =
-                status.init_container_statuses.iter().flatten().chain(status.container_statuses.iter().flatten());
-            let waiting = containers.filter_map(|it| it.state.as_ref()?.waiting.as_ref()?.reason.clone()).next();
-            let unscheduled = conditions().find(|it| it.type_ == "PodScheduled" && it.status == "False");
-            *why = waiting.or_else(|| unscheduled.and_then(|it| it.message.clone().or_else(|| it.reason.clone())));
-        }
-    }
-    let text = |(component, (ready, all, why)): (String, (usize, usize, Option<String>))| match why {
-        Some(why) => format!("{component} {ready}/{all} ({why})"),
-        None => format!("{component} {ready}/{all}"),
-    };
-    Ok(components.into_iter().map(text).collect::<Vec<_>>().join(", "))
-}
-
-/// Runs `work`, and reports each change of the readiness of a release's pods meanwhile. Also returns the last report.
-pub async fn followed<T>(client: &Client, place: &Place, work: impl Future<Output = T>) -> (T, String) {
-    let mut said = String::new();
-    let mut work = std::pin::pin!(work);
-    loop {
-        tokio::select! {
-            result = &mut work => return (result, said),
-            () = tokio::time::sleep(LOOK_EVERY) => {}
-        }
-        // A read that fails is tried again; what Helm reports is the result.
-        if let Ok(now) = pods(client, place).await
-            && !now.is_empty()
-            && now != said
-        {
-            output::note(format_args!("  ready: {now}"));
-            said = now;
-        }
-    }
-}
-
 /// Waits until `look` returns a value. Its error text is reported when it changes.
 pub async fn until<T>(
     timeout: Duration,
@@ -210,6 +162,23 @@ pub async fn until<T>(
     }
 }
 
+/// What the names of a release's objects begin with, as in the chart.
+pub fn name_of(place: &Place) -> String {
+    match place.release.contains("hanse") {
+        true => place.release.clone(),
+        false => format!("{}-hanse", place.release),
+    }
+}
+
+/// NAME and NAMESPACE of the Service, if a host is the name that only its own cluster resolves: NAME.NAMESPACE.svc.
+pub fn service_of(host: &str) -> Option<(&str, &str)> {
+    let host = host.trim_end_matches('.');
+    let name = host.strip_suffix(".svc.cluster.local").or_else(|| host.strip_suffix(".svc"))?;
+    let (name, namespace) = name.rsplit_once('.')?;
+    // The name of a pod may be before that of its headless Service.
+    Some((name.rsplit('.').next()?, namespace))
+}
+
 /// The labels of all objects of a release.
 pub fn of_release(place: &Place) -> String {
     format!("app.kubernetes.io/name=hanse,app.kubernetes.io/instance={}", place.release)
@@ -233,4 +202,26 @@ pub async fn delete_token_secret(secrets: &Api<Secret>, name: &str, token: &Dyna
     }
     let deleted = answered(async { Ok(secrets.delete(name, &DeleteParams::default()).await) }).await?;
     deleted.map(drop).or_else(ignore_missing).with_context(doing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_of_a_service_is_resolved_by_its_cluster_only() {
+        for (host, expected) in [
+            ("hanse-hub.hanse.svc", Some(("hanse-hub", "hanse"))),
+            ("hanse-hub.hanse.svc.cluster.local.", Some(("hanse-hub", "hanse"))),
+            ("hanse-hub-0.hanse-hub.hanse.svc", Some(("hanse-hub", "hanse"))),
+            ("$(POD_NAME).hanse.svc", Some(("$(POD_NAME)", "hanse"))),
+            // The name of an exported Service, by which clusters with the Multi-Cluster Services API find it.
+            ("hanse-hub.hanse.svc.clusterset.local", None),
+            ("hub.example", None),
+            ("svc", None),
+            ("192.0.2.1", None),
+        ] {
+            assert_eq!(service_of(host), expected, "{host}");
+        }
+    }
 }

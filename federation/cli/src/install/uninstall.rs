@@ -16,9 +16,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::helm::Helm;
+use super::managed;
 use super::rollout::agents;
 use super::target::{
-    CREATED, JOIN_SECRET, Target, custom_resources, delete_token_secret, ignore_missing, of_release, until,
+    CREATED, JOIN_SECRET, Target, custom_resources, delete_token_secret, ignore_missing, name_of, of_release, until,
 };
 use super::{Place, block_on};
 use crate::output::{self, Format, UsageError};
@@ -33,11 +34,13 @@ const PAGE: u32 = 500;
 /// `hanse install` or `hanse join` created it. With --hub-context or --hub-kubeconfig, the cluster is also removed from its ClusterSet.
 ///
 /// In the management cluster, this removes the ClusterSet: the root key, and all custom resources of hanse.dev. That needs
-/// --delete-clusterset, and that no cluster belongs to it.
+/// --delete-clusterset, and that no cluster belongs to it. Where the management cluster is itself a cluster of the ClusterSet, in one
+/// release, --member-only removes member and agents, and keeps the hub.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   hanse uninstall --kube-context train --hub-context management
+  hanse uninstall --kube-context management --member-only
   hanse uninstall --kube-context management --delete-clusterset")]
 pub struct Uninstall {
     #[command(flatten, next_help_heading = "Cluster")]
@@ -53,8 +56,11 @@ pub struct Uninstall {
     /// Remove the hub, its root key and all custom resources of hanse.dev.
     #[arg(long)]
     delete_clusterset: bool,
-    /// Go on where nodes do not answer (their rules and files stay), and where clusters still belong to the ClusterSet (they keep its
-    /// policies in force).
+    /// Remove member and agents from a release that also contains the hub, which stays.
+    #[arg(long, conflicts_with_all = ["delete_clusterset", "hub_context"])]
+    member_only: bool,
+    /// Go on where nodes do not answer (their rules and files stay), where clusters still belong to the ClusterSet (they keep its
+    /// policies in force), and where a GitOps program manages the release.
     #[arg(long)]
     force: bool,
     /// Timeout for each step, in seconds.
@@ -94,23 +100,35 @@ impl Uninstall {
                 Some(Target { kubeconfig: file, kube_context: context.clone() }.open().await?)
             }
         };
+        let releases = managed::releases(&client).await?;
         let Some(state) = helm.status().await? else {
-            bail!(
-                "no Helm release {} in namespace {} of {}; what another program installed is removed by that",
-                place.release,
-                place.namespace,
-                target.title()
-            );
+            bail!(managed::without_history(&releases, place, target));
         };
+        if let Some(why) = managed::installed_again(&releases, place).filter(|_| !self.force) {
+            bail!("{why} With --force, this command removes it nevertheless");
+        }
         // An earlier run may have ended after any step.
         let is_removed = state == "uninstalled";
         let values = if is_removed { helm.kept_values().await? } else { helm.values().await?.unwrap_or_default() };
         let has = |component: &str| values[component]["enabled"] == true;
-        if has("hub") && !self.delete_clusterset {
-            let text = "the release contains the hub of the ClusterSet, with its root key: to remove it, give --delete-clusterset";
-            return Err(UsageError(text.to_owned()).into());
+        if has("hub") && !self.delete_clusterset && !self.member_only {
+            let only = if has("member") { "; to remove member and agents only, give --member-only" } else { "" };
+            let text = format!(
+                "the release contains the hub of the ClusterSet, with its root key: to remove it, give --delete-clusterset{only}"
+            );
+            return Err(UsageError(text).into());
         }
-        let cluster = has("member").then(|| values["member"]["cluster"].as_str().unwrap_or_default().to_owned());
+        let cluster = values["member"]["cluster"].as_str().filter(|it| !it.is_empty()).map(str::to_owned);
+        if self.member_only {
+            if !has("hub") || is_removed {
+                let text =
+                    format!("release {} contains no hub: --member-only is for a release that does", place.release);
+                return Err(UsageError(text).into());
+            }
+            let Some(cluster) = cluster else { bail!("release {} contains no member", place.release) };
+            return self.remove_member(&client, &helm, &values, cluster).await;
+        }
+        let cluster = cluster.filter(|_| has("member"));
         if has("hub") && !is_removed {
             self.check_clusters(&client, cluster.as_deref()).await?;
         }
@@ -144,18 +162,70 @@ impl Uninstall {
         let others = helm.others().await?;
         helm.purge().await?;
         self.remove_namespace(&client, &others, &mut left).await?;
-        let uninstalled =
-            Uninstalled { namespace: place.namespace.clone(), release: place.release.clone(), cluster, nodes, left };
         let count = output::count(nodes, "node");
         let done = match has_agents {
             true => format!("Hanse is removed from {}, and its rules from {count}", target.title()),
             false => format!("Hanse is removed from {}", target.title()),
         };
+        self.report(cluster, nodes, left, done)
+    }
+
+    /// Removes member and agents of a release that also contains the hub. May be repeated.
+    async fn remove_member(
+        &self,
+        client: &Client,
+        helm: &Helm,
+        values: &Value,
+        cluster: String,
+    ) -> anyhow::Result<ExitCode> {
+        let Self { target, place, .. } = self;
+        let mut left = Vec::new();
+        let has_agents = agents(client, place).await?.is_some();
+        let nodes = if has_agents { self.clean_nodes(client, helm, &mut left).await? } else { 0 };
+        output::note(format_args!("removing member and agents of release {} of {}", place.release, target.title()));
+        // The name of the cluster stays, so that the command can be repeated.
+        helm.set(&["member.enabled=false", "agent.enabled=false", "agent.cleanup=false"]).await?;
+        let labels = format!("{},app.kubernetes.io/component=member", of_release(place));
+        delete_labelled::<Secret>(client, &place.namespace, &labels).await?;
+        self.remove_state_of_member(client, values).await?;
+        remove_taints(client).await?;
+        self.leave(client, &cluster).await?;
+        let count = output::count(nodes, "node");
+        let done = match has_agents {
+            true => {
+                format!("member and agents are removed from {}, and rules from {count}; the hub stays", target.title())
+            }
+            false => format!("member and agents are removed from {}; the hub stays", target.title()),
+        };
+        self.report(Some(cluster), nodes, left, done)
+    }
+
+    fn report(
+        &self,
+        cluster: Option<String>,
+        nodes: usize,
+        left: Vec<String>,
+        done: String,
+    ) -> anyhow::Result<ExitCode> {
+        let Place { namespace, release } = self.place.clone();
+        let uninstalled = Uninstalled { namespace, release, cluster, nodes, left };
         output::done(self.output, &uninstalled, done)?;
         if !uninstalled.left.is_empty() {
             output::note_list("What stays:", &uninstalled.left);
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// What the member and these commands wrote for it, without the labels of the release.
+    async fn remove_state_of_member(&self, client: &Client, values: &Value) -> anyhow::Result<()> {
+        let namespace = &self.place.namespace;
+        let leases: Api<Lease> = Api::namespaced(client.clone(), namespace);
+        delete(&leases, &format!("{}-member", name_of(&self.place))).await?;
+        if values["member"]["hub"]["tokenSecret"]["name"] == JOIN_SECRET {
+            let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
+            delete(&secrets, JOIN_SECRET).await?;
+        }
+        Ok(())
     }
 
     /// No other cluster belongs to the ClusterSet.
@@ -181,7 +251,7 @@ impl Uninstall {
     /// Removes the rules and files of all nodes. Returns the number of nodes.
     async fn clean_nodes(&self, client: &Client, helm: &Helm, left: &mut Vec<String>) -> anyhow::Result<usize> {
         output::note("removing the rules of all nodes: all traffic of their pods is then allowed");
-        helm.set("agent.cleanup=true").await?;
+        helm.set(&["agent.cleanup=true"]).await?;
         let clean = until(std::time::Duration::from_secs(self.timeout), "remove the rules of nodes", async || {
             Ok(match agents(client, &self.place).await? {
                 None => Ok(0),
@@ -225,28 +295,18 @@ impl Uninstall {
 
     /// Objects of the release's namespace that Helm keeps, or that the programs created.
     async fn remove_rest(&self, client: &Client, values: &Value) -> anyhow::Result<()> {
-        let labels = of_release(&self.place);
-        let name = match self.place.release.contains("hanse") {
-            true => self.place.release.clone(),
-            false => format!("{}-hanse", self.place.release),
-        };
-        let namespace = &self.place.namespace;
+        let (labels, namespace) = (of_release(&self.place), &self.place.namespace);
         delete_labelled::<PersistentVolumeClaim>(client, namespace, &labels).await?;
         delete_labelled::<Secret>(client, namespace, &labels).await?;
         delete_labelled::<ConfigMap>(client, namespace, &labels).await?;
         delete_labelled::<Lease>(client, namespace, &labels).await?;
         // The programs create them without the labels of the release.
-        let leases: Api<Lease> = Api::namespaced(client.clone(), namespace);
         if values["member"]["enabled"] == true {
-            delete(&leases, &format!("{name}-member")).await?;
+            self.remove_state_of_member(client, values).await?;
         }
         if values["hub"]["enabled"] == true {
+            let leases: Api<Lease> = Api::namespaced(client.clone(), namespace);
             delete(&leases, "hanse-hub-operator").await?;
-        }
-        let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
-        let token = values["member"]["hub"]["tokenSecret"]["name"].as_str().filter(|it| *it == JOIN_SECRET);
-        if let Some(token) = token {
-            delete(&secrets, token).await?;
         }
         Ok(())
     }

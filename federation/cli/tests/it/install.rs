@@ -34,6 +34,8 @@ fn malformed_options_are_errors_of_the_command_line() {
         ([&install[..], &[]].concat(), "--hub-digest"),
         ([&install[..], &["--hub-digest=latest"]].concat(), "a tag is not a digest"),
         (vec!["install", "--registry=https://registry.example", "--hub-digest", DIGEST], "without a scheme"),
+        (vec!["install", "--registry=Registry.example", "--hub-digest", DIGEST], "does not match pattern '^[a-z0-9]"),
+        (vec!["uninstall", "--member-only", "--delete-clusterset"], "cannot be used with"),
         ([&join[..], &[&member]].concat(), "--agent-digest"),
         ([&join[..], &[&member, &agent, "--hub=hub.example:7443"]].concat(), "--join"),
         ([&join[..], &[&member, &agent, "--hub=hub.example", "--join=hub.example:7444"]].concat(), "--hub"),
