@@ -188,8 +188,13 @@ fn template(values: &Value) -> Command {
     command
 }
 
+/// What `helm template` prints.
+pub(crate) fn manifests_of(values: &Value) -> String {
+    success(&mut template(values), "")
+}
+
 pub(crate) fn rendered(values: &Value) -> Vec<Value> {
-    let rendered = success(&mut template(values), "");
+    let rendered = manifests_of(values);
     let documents = serde_yaml_ng::Deserializer::from_str(&rendered);
     let objects = documents.map(|document| Value::deserialize(document).expect("YAML"));
     objects.filter(|object| !object.is_null()).collect()

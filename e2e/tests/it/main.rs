@@ -11,6 +11,7 @@ mod federation;
 mod fuzz;
 mod guards;
 mod guide;
+mod install;
 mod kernel;
 mod layout;
 mod manifests;

@@ -76,11 +76,11 @@ fn reader() -> Value {
 }
 
 impl East {
-    pub(super) fn kubectl(&self, arguments: &[&str], input: &str) -> String {
+    pub(crate) fn kubectl(&self, arguments: &[&str], input: &str) -> String {
         success(self.server.kubectl().expect("kubectl").args(arguments), input)
     }
 
-    pub(super) async fn ready_component(&self, component: &str, count: usize) -> Vec<Pod> {
+    pub(crate) async fn ready_component(&self, component: &str, count: usize) -> Vec<Pod> {
         self.ready(NAMESPACE, &format!("app.kubernetes.io/component={component}"), count).await
     }
 

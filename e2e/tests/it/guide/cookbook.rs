@@ -120,12 +120,15 @@ fn recipes_of_the_cookbook_have_the_stated_verdicts() {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
-/// Manifests on the other pages are valid, too.
+/// Manifests on the other pages are valid, too. The roles of users are not Hanse's: a test installs with them.
 #[test]
 fn manifests_of_the_guide_are_accepted() {
     let mut count = 0;
     for (page, text) in pages() {
         for block in text.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()) {
+            if block.contains("\nkind: ClusterRole\n") {
+                continue;
+            }
             let folder = tempfile::tempdir().expect("a folder");
             let path = folder.path().join(format!("{page}.yaml"));
             std::fs::write(&path, block).expect("room");
