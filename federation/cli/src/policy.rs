@@ -17,6 +17,7 @@ mod live;
 mod load;
 mod matrix;
 mod order;
+mod pending;
 mod reading;
 mod scaffold;
 mod selector;
@@ -30,6 +31,8 @@ pub enum Command {
     Explain(explain::Arguments),
     Matrix(matrix::Arguments),
     Order(order::Arguments),
+    Pending(pending::List),
+    Reject(pending::Reject),
     Diff(diff::Arguments),
     Lint(lint::Arguments),
     /// Render a preset for AI workloads.
@@ -47,6 +50,8 @@ impl Command {
             Self::Explain(arguments) => arguments.run(context),
             Self::Matrix(arguments) => arguments.run(context),
             Self::Order(arguments) => arguments.run(),
+            Self::Pending(arguments) => arguments.run(context),
+            Self::Reject(arguments) => arguments.run(context),
             Self::Diff(arguments) => arguments.run(),
             Self::Lint(arguments) => arguments.run(context),
             Self::Scaffold(arguments) => arguments.run(),

@@ -176,6 +176,20 @@ impl wire::administration_server::Administration for Administration {
         self.approve(&who, &request.into_inner()).await.map(Response::new).map_err(status)
     }
 
+    async fn list_pending(
+        &self,
+        request: Request<wire::ListPendingRequest>,
+    ) -> Result<Response<wire::ListPendingResponse>, Status> {
+        let snapshot = self.view(&request)?;
+        let changes = self.all_pending(&snapshot, &caller(&request)?).map_err(status)?;
+        Ok(Response::new(wire::ListPendingResponse { changes }))
+    }
+
+    async fn reject(&self, request: Request<wire::RejectRequest>) -> Result<Response<wire::RejectResponse>, Status> {
+        let who = caller(&request)?;
+        self.reject(&who, &request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
     type ApplyManyStream = Answers<wire::ApplyManyResponse>;
 
     async fn apply_many(

@@ -140,6 +140,19 @@ fn changes_wait_for_another_user() {
         assert!(world.kubectl("ada", &["delete", "--timeout=60s", "fnp/early"]).0, "{}", world.hub_log());
         world.until("not staged", || world.in_force("sfnp", "early").is_null()).await;
 
+        // It reserves no name: a user who may not write into the tier, but approve in it, deletes it as well.
+        world.apply("ada", &policy("reserved", &deny("strict")));
+        waits("fnp/reserved").await;
+        let kubeconfig = world.kubeconfig_of("bob");
+        let list = ["policy", "pending", "--kubeconfig", kubeconfig.to_str().expect("UTF-8"), "-o", "json"];
+        let (success, text) = world.hanse(&list);
+        let listed: Value = serde_json::from_str(&text).expect("JSON");
+        let items = listed["items"].as_array().into_iter().flatten();
+        let objects: Vec<&Value> = items.map(|it| &it["object"]).collect();
+        assert!(success && objects == ["FederatedNetworkPolicy/reserved"], "{text}");
+        world.refused("mallory", &["delete", "fnp/reserved"], "on tiers.hanse.dev/strict");
+        assert!(world.kubectl("eve", &["delete", "--timeout=60s", "fnp/reserved"]).0, "{}", world.hub_log());
+
         // The tier does not become lenient by one user alone.
         world.apply("", &tier("strict", "phase: Guard, order: 100, defaultAction: Deny"));
         waits("tiers.hanse.dev/strict").await;

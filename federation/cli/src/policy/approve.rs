@@ -32,6 +32,7 @@ use crate::output::{self, UsageError};
 Examples:
   hanse policy approve fnp/web
   hanse policy approve tier/platform --yes
+  hanse policy pending                          # all changes that wait
   kubectl get fnp -o wide                       # Approved=False: a change waits")]
 pub struct Arguments {
     /// Object, as KIND/NAME: FederatedNetworkPolicy (fnp), the default, or Tier (tier).
@@ -42,12 +43,31 @@ pub struct Arguments {
     /// Only show the change.
     #[arg(long, conflicts_with = "yes")]
     show: bool,
+    #[command(flatten)]
+    management: Management,
+}
+
+/// Where changes are decided by an operator.
+#[derive(Debug, clap::Args)]
+pub struct Management {
     /// File with the address of the management cluster and the credentials [default: $KUBECONFIG, or ~/.kube/config].
     #[arg(long, value_name = "FILE")]
-    kubeconfig: Option<PathBuf>,
+    pub kubeconfig: Option<PathBuf>,
     /// Context of the kubeconfig file; by default its current one.
     #[arg(long, value_name = "NAME")]
-    kube_context: Option<String>,
+    pub kube_context: Option<String>,
+}
+
+impl Management {
+    /// # Errors
+    /// When the kubeconfig cannot be read.
+    pub async fn client(self) -> anyhow::Result<Client> {
+        let home = || std::env::home_dir().map(|home| home.join(".kube/config"));
+        let given = |path: &PathBuf| !path.as_os_str().is_empty();
+        let variable = || std::env::var_os("KUBECONFIG").map(PathBuf::from).filter(given);
+        let kubeconfig = self.kubeconfig.filter(given).or_else(variable).or_else(home);
+        Access { kubeconfig, context: self.kube_context }.client().await
+    }
 }
 
 /// A change that waits.
@@ -67,7 +87,7 @@ impl Arguments {
     pub fn run(self, context: Option<&Path>) -> anyhow::Result<ExitCode> {
         let (kind, name) = target(&self.object)?;
         if context.is_some()
-            && self.kubeconfig.is_none()
+            && self.management.kubeconfig.is_none()
             && matches!(kind, ObjectKind::FederatedNetworkPolicy | ObjectKind::Tier)
             && let Some(code) = self.approve_at_hub(context, kind, &name)?
         {
@@ -120,11 +140,7 @@ impl Arguments {
     }
 
     async fn approve(self, kind: &'static str, name: String) -> anyhow::Result<ExitCode> {
-        let home = || std::env::home_dir().map(|home| home.join(".kube/config"));
-        let given = |path: &PathBuf| !path.as_os_str().is_empty();
-        let variable = || std::env::var_os("KUBECONFIG").map(PathBuf::from).filter(given);
-        let kubeconfig = self.kubeconfig.filter(given).or_else(variable).or_else(home);
-        let client = Access { kubeconfig, context: self.kube_context }.client().await?;
+        let client = self.management.client().await?;
         let pending = read(&client, kind, name).await?;
         pending.print()?;
         if self.show {
@@ -142,7 +158,7 @@ impl Arguments {
 }
 
 /// Whether the changes of this hub are approved at its management cluster.
-fn is_elsewhere(error: &anyhow::Error) -> bool {
+pub fn is_elsewhere(error: &anyhow::Error) -> bool {
     use tonic::Code::{FailedPrecondition, Unimplemented};
     match error.downcast_ref::<CallError>() {
         Some(CallError::Refused { code, .. }) => matches!(code, FailedPrecondition | Unimplemented),
@@ -150,12 +166,12 @@ fn is_elsewhere(error: &anyhow::Error) -> bool {
     }
 }
 
-fn target_name(kind: ObjectKind, name: &str) -> String {
+pub fn target_name(kind: ObjectKind, name: &str) -> String {
     let kind = if kind == ObjectKind::Tier { "Tier" } else { "FederatedNetworkPolicy" };
     format!("{kind}/{name}")
 }
 
-fn api(client: &Client, kind: &str) -> Api<DynamicObject> {
+pub fn api(client: &Client, kind: &str) -> Api<DynamicObject> {
     let plural = match kind {
         "FederatedNetworkPolicy" => "federatednetworkpolicies",
         "Tier" => "tiers",
@@ -245,7 +261,7 @@ impl Pending {
     }
 }
 
-fn print_diff(before: &Value, after: &Value) -> anyhow::Result<()> {
+pub fn print_diff(before: &Value, after: &Value) -> anyhow::Result<()> {
     output::line("")?;
     for (mark, line) in diff(&lines(before)?, &lines(after)?) {
         output::line(format_args!("{mark} {line}"))?;

@@ -37,6 +37,17 @@ fn changes_wait_until_another_user_approves_them() {
     let is_shown = |text: &str| shown.out.contains(text);
     assert!(shown.code == Some(0) && is_shown("sent by user/ada; tier platform requires an approval"), "{shown:?}");
     assert!(is_shown("+ kind: FederatedNetworkPolicy") && is_shown("sha256:"), "{shown:?}");
+    let list = |who: &PathBuf, options: &[&str]| run(Some(who), &[&["policy", "pending"], options].concat(), "");
+    let listed = list(&ada, &[]);
+    let words = ["FederatedNetworkPolicy/web", "apply", "platform", "user/ada", "by another user"];
+    assert!(words.iter().all(|it| listed.out.contains(it)), "{listed:?}");
+    assert!(list(&ada, &["--approvable"]).out.contains("no change waits"));
+    let listed = list(&bob, &["--approvable", "-o", "json"]).json();
+    assert_eq!((&listed["kind"], &listed["items"][0]["canApprove"]), (&"PendingChangeList".into(), &true.into()));
+    let dropped = run(Some(&ada), &["policy", "reject", "fnp/web"], "");
+    assert!(dropped.code == Some(0) && dropped.out.contains("is dropped"), "{dropped:?}");
+    assert!(list(&bob, &[]).out.contains("no change waits"));
+    assert!(run(Some(&ada), &["apply", "-f", "-"], &policy("web", "platform", 1)).out.contains("web pending"));
     let denied = approve(&ada, "--yes");
     assert!(denied.code == Some(1) && denied.err.contains("needs the role approver=platform"), "{denied:?}");
     let unasked = run(Some(&bob), &["policy", "approve", "fnp/web"], "");
@@ -61,6 +72,14 @@ fn changes_wait_until_another_user_approves_them() {
         .rev()
         .map(|it| format!("{} {}", it["who"], it["action"]).replace('"', ""))
         .collect();
-    let expected = ["user/ada propose", "user/ada approve", "user/bob approve", "user/ada propose", "user/bob approve"];
+    let expected = [
+        "user/ada propose",
+        "user/ada reject",
+        "user/ada propose",
+        "user/ada approve",
+        "user/bob approve",
+        "user/ada propose",
+        "user/bob approve",
+    ];
     assert_eq!(actions, expected, "{audit:#}");
 }

@@ -146,6 +146,12 @@ fn page_documents_the_keys_of_every_output() {
     page.check("Error", &failed.err);
     let dry = world.apply(&format!("{TIER}---\napiVersion: v1\nkind: Pod\nmetadata: {{name: x}}\n"), &["-o", "json"]);
     page.check("Note", &dry.err);
+    let strict = TIER.replace("platform", "strict").replace("spec: {", "spec: {requireApproval: true, ");
+    assert!(strict.contains("requireApproval"), "{strict}");
+    assert_eq!(world.apply(&strict, &[]).code, Some(0));
+    assert!(world.apply(&policy("waits", "strict", 1), &[]).out.contains("pending"));
+    page.check("hanse policy pending", &out(&["policy", "pending"]).out);
+    page.check("hanse policy reject", &out(&["policy", "reject", "fnp/waits"]).out);
     offline(&mut page);
     page.finish();
 }

@@ -4,12 +4,17 @@
 //! `approver` in the tier, or an administrator, approves exactly this change. Until then the version in force stays, and the proposal is
 //! evaluated as a staged policy of the same name. The authors are the users of the certificates with which the change was sent. Which
 //! tiers require approvals is decided by the tiers in force, in the transaction of the change.
+//!
+//! A proposal has no right of its own: it takes effect only while one of its authors may still make the change. It reserves no name:
+//! another change of the object replaces it, and its authors, and those who may approve it, can drop it. Each proposal has another
+//! digest, also of the same change: an approval of one that was dropped is not an approval of the next.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use hanse_identity::Identity;
 use hanse_identity::spiffe::check_subdomain;
+use hanse_identity::{Identity, token};
 use hanse_proto::federation::v1 as wire;
 use hanse_store::{Key, Transaction};
 
@@ -31,6 +36,13 @@ const MAX_PROPOSAL_BYTES: usize = 16 << 20;
 const SHARE_OF_USER: usize = 4;
 /// Users that sent one change.
 const MAX_AUTHORS: usize = 16;
+
+/// What makes a proposal another one than the same change before it.
+struct New {
+    nonce: String,
+    /// In seconds since 1970.
+    at: u64,
+}
 
 /// What a change leads to.
 struct Subject<'a> {
@@ -104,7 +116,7 @@ fn end(snapshot: &Snapshot, id: &ObjectId, mut transaction: Transaction) -> Resu
     }
     transaction = transaction.delete(proposal_key(id)?);
     let stage = staged_id(id);
-    let is_own = |it: &&std::sync::Arc<crate::registry::Object>| is_marked(&it.manifest);
+    let is_own = |it: &&Arc<crate::registry::Object>| is_marked(&it.manifest);
     if id.kind == Kind::FederatedNetworkPolicy && snapshot.objects.get(&stage).filter(is_own).is_some() {
         transaction = transaction.delete(object_key(&stage)?);
     }
@@ -139,6 +151,9 @@ impl Administration {
         let after = (subject.action == ChangeAction::Apply).then_some(subject.manifest);
         let proposed = Some(Box::new(("waits for an approval".to_owned(), AuditDetail::of(before, after))));
         let audit = AuditAction { proposed, ..AuditAction::new(&sent.who, "propose", id.to_string()) };
+        let random = token::random::<16>().map_err(ChangeError::Limit)?;
+        let nonce = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let new = New { nonce, at: self.registry.now_seconds() };
         let decide = |snapshot: &Snapshot| {
             let (alone, done) = sent.decide_alone(snapshot)?;
             let subject = sent.subject(snapshot).ok_or(ChangeError::Busy)?;
@@ -146,7 +161,7 @@ impl Administration {
                 // What is in force, or the tier, has changed since.
                 return Err(ChangeError::Busy);
             }
-            Ok((propose(snapshot, &sent.who, id, &subject)?, done))
+            Ok((propose(snapshot, &sent.who, id, &subject, &new)?, done))
         };
         let (revision, done) = self.registry.change(&audit, decide).await?;
         Ok(done.at(revision).waiting(why))
@@ -179,6 +194,52 @@ impl Administration {
         })
     }
 
+    /// All changes that wait, with what `who` can do about each.
+    ///
+    /// # Errors
+    /// When the operator decides.
+    pub(super) fn all_pending(
+        &self,
+        snapshot: &Snapshot,
+        who: &Identity,
+    ) -> Result<Vec<wire::PendingSummary>, ChangeError> {
+        self.decides(Kind::FederatedNetworkPolicy)?;
+        let summary = |(id, proposal): (&ObjectId, &Arc<ProposalRecord>)| {
+            let manifest = leads_to(snapshot, id, proposal);
+            let tiers = tiers_of(snapshot, id, &manifest);
+            let names: Vec<&str> = tiers.iter().map(|tier| &**tier).collect();
+            let may_approve = permit(snapshot, who, Need::Approve(&names)).is_ok();
+            wire::PendingSummary {
+                kind: convert::kind_to_wire(id.kind).into(),
+                name: id.name.to_string(),
+                deletion: proposal.action == ChangeAction::Delete,
+                digest: proposal.digest.clone(),
+                authors: proposal.authors.iter().cloned().collect(),
+                tiers: names.iter().map(|tier| (*tier).to_owned()).collect(),
+                since: proposal.at,
+                is_authorized: is_authorized(snapshot, id, proposal, &manifest),
+                can_approve: may_approve && !tiers.is_empty() && !proposal.authors.contains(&who.to_string()),
+            }
+        };
+        Ok(snapshot.proposals.iter().map(summary).collect())
+    }
+
+    /// Drops the change of an object that waits.
+    ///
+    /// # Errors
+    /// When there is none with this digest, or `who` is neither one of its authors nor may approve it.
+    pub(super) async fn reject(
+        &self,
+        who: &Identity,
+        request: &wire::RejectRequest,
+    ) -> Result<wire::RejectResponse, ChangeError> {
+        let id = self.approvable(request.kind, &request.name)?;
+        let audit = AuditAction::new(who, "reject", id.to_string());
+        let decide = |snapshot: &Snapshot| Ok((reject(snapshot, who, &id, &request.digest)?, ()));
+        self.registry.change(&audit, decide).await?;
+        Ok(wire::RejectResponse {})
+    }
+
     /// Makes the change of an object that waits take effect.
     ///
     /// # Errors
@@ -200,13 +261,23 @@ impl Administration {
         check_subdomain(name).map_err(|error| invalid(format!("name: {error}")))?;
         let kind = convert::kind_from_wire(kind).map_err(|status| invalid(status.message().to_owned()))?;
         match kind {
-            Some(kind) if self.operated.contains(&kind) => Err(ChangeError::Conflict(format!(
-                "kind: the operator of this hub reconciles {}: approve its changes with a kubeconfig of the management cluster",
-                kind.name()
-            ))),
-            Some(kind @ (Kind::FederatedNetworkPolicy | Kind::Tier)) => Ok(ObjectId { kind, name: name.into() }),
+            Some(kind @ (Kind::FederatedNetworkPolicy | Kind::Tier)) => {
+                self.decides(kind)?;
+                Ok(ObjectId { kind, name: name.into() })
+            }
             _ => Err(invalid("kind: only changes of FederatedNetworkPolicy and Tier need approvals".to_owned())),
         }
+    }
+
+    /// Checks that this hub decides the changes of a kind, and not its operator.
+    fn decides(&self, kind: Kind) -> Result<(), ChangeError> {
+        if !self.operated.contains(&kind) {
+            return Ok(());
+        }
+        Err(ChangeError::Conflict(format!(
+            "kind: the operator of this hub reconciles {}: approve its changes with a kubeconfig of the management cluster",
+            kind.name()
+        )))
     }
 }
 
@@ -220,12 +291,14 @@ fn propose(
     who: &Identity,
     id: &ObjectId,
     subject: &Subject<'_>,
+    new: &New,
 ) -> Result<Transaction, ChangeError> {
     let in_force = snapshot.objects.get(id).map(|object| &object.manifest[..]);
-    let digest = ProposalRecord::digest(subject.action, in_force, subject.manifest);
+    let digest = |nonce: &str| ProposalRecord::digest(subject.action, in_force, subject.manifest, nonce);
     let existing = snapshot.proposals.get(id);
-    let is_same = |it: &&std::sync::Arc<ProposalRecord>| it.action == subject.action && it.digest == digest;
-    let mut authors: BTreeSet<String> = existing.filter(is_same).map(|it| it.authors.clone()).unwrap_or_default();
+    let same = existing.filter(|it| it.action == subject.action && it.digest == digest(&it.nonce));
+    let (nonce, at) = same.map_or((&new.nonce, new.at), |it| (&it.nonce, it.at));
+    let mut authors: BTreeSet<String> = same.map(|it| it.authors.clone()).unwrap_or_default();
     if !authors.insert(who.to_string()) {
         return Ok(Transaction::default());
     }
@@ -237,7 +310,7 @@ fn propose(
     };
     let who = who.to_string();
     let others = || snapshot.proposals.iter().filter(|(other, _)| *other != id).map(|(_, it)| it);
-    let sum = |(count, bytes), it: &std::sync::Arc<ProposalRecord>| (count + 1, bytes + it.manifest.len());
+    let sum = |(count, bytes), it: &Arc<ProposalRecord>| (count + 1, bytes + it.manifest.len());
     let (count, bytes) = others().fold((1, manifest.len()), sum);
     let (own, own_bytes) = others().filter(|it| it.authors.contains(&who)).fold((1, manifest.len()), sum);
     let of_user = format!(" of {who}");
@@ -254,7 +327,8 @@ fn propose(
             )));
         }
     }
-    let record = ProposalRecord { authors, action: subject.action, manifest, digest };
+    let (action, digest, nonce) = (subject.action, digest(nonce), nonce.clone());
+    let record = ProposalRecord { authors, action, manifest, digest, nonce, at };
     let mut transaction = Transaction::default().put(proposal_key(id)?, encode(&record));
     let wanted = staged(id, subject.action, subject.manifest).filter(|_| id.kind == Kind::FederatedNetworkPolicy);
     if let Some(wanted) = wanted.filter(|wanted| manifest::check(wanted).is_ok()) {
@@ -275,28 +349,45 @@ fn propose(
     Ok(transaction)
 }
 
+/// What a proposal leads to; of a deletion, the version in force.
+fn leads_to(snapshot: &Snapshot, id: &ObjectId, proposal: &ProposalRecord) -> Bytes {
+    match proposal.action {
+        ChangeAction::Apply => Bytes::copy_from_slice(proposal.manifest.as_bytes()),
+        ChangeAction::Delete => snapshot.objects.get(id).map(|object| object.manifest.clone()).unwrap_or_default(),
+    }
+}
+
+/// Whether one of its authors may make the change now.
+fn is_authorized(snapshot: &Snapshot, id: &ObjectId, proposal: &ProposalRecord, manifest: &[u8]) -> bool {
+    let in_force = snapshot.objects.get(id).and_then(|object| object.tier());
+    let written = manifest::tier_in(manifest).filter(|_| id.kind.is_policy());
+    let tiers: Vec<Arc<str>> = in_force.into_iter().chain(written).collect();
+    let tiers: Vec<&str> = tiers.iter().map(|tier| &**tier).collect();
+    proposal.authors.iter().any(|author| {
+        let user = author.strip_prefix("user/").and_then(|name| Identity::user(name).ok());
+        user.is_some_and(|user| permit(snapshot, &user, Need::Write(id, &tiers)).is_ok())
+    })
+}
+
 /// The transaction that an approval makes.
 fn approve(snapshot: &Snapshot, who: &Identity, id: &ObjectId, digest: &str) -> Result<Transaction, ChangeError> {
     let proposal = snapshot.proposals.get(id);
     let in_force = || snapshot.objects.get(id).map(|object| object.manifest.clone()).unwrap_or_default();
-    let manifest = match proposal.map(|it| (it.action, &it.manifest)) {
-        Some((ChangeAction::Apply, manifest)) => Bytes::copy_from_slice(manifest.as_bytes()),
-        Some((ChangeAction::Delete, _)) | None => in_force(),
-    };
+    let manifest = proposal.map_or_else(in_force, |it| leads_to(snapshot, id, it));
     let tiers = tiers_of(snapshot, id, &manifest);
     let tiers: Vec<&str> = tiers.iter().map(|tier| &**tier).collect();
     // A caller without the role does not learn whether a change waits.
     permit(snapshot, who, Need::Approve(&tiers))?;
     let proposal = proposal.ok_or_else(|| nothing(id))?;
+    let authors = named(&proposal.authors);
     if proposal.authors.contains(&who.to_string()) {
-        let authors = named(&proposal.authors);
         return Err(ChangeError::Denied(format!(
             "{who} is an author of the change of {id} ({authors}): another user must approve it"
         )));
     }
     // Also where what is in force has changed since.
     let before = snapshot.objects.get(id).map(|object| &object.manifest[..]);
-    let now = ProposalRecord::digest(proposal.action, before, &manifest);
+    let now = ProposalRecord::digest(proposal.action, before, &manifest, &proposal.nonce);
     if proposal.digest != digest || proposal.digest != now {
         return Err(ChangeError::Conflict(format!(
             "the change of {id} is another one now: review and approve it again"
@@ -305,7 +396,29 @@ fn approve(snapshot: &Snapshot, who: &Identity, id: &ObjectId, digest: &str) -> 
     if tiers.is_empty() {
         return Err(ChangeError::Conflict(format!("the change of {id} needs no approval any more: apply it again")));
     }
+    if !is_authorized(snapshot, id, proposal, &manifest) {
+        return Err(ChangeError::Conflict(format!(
+            "the author of the change of {id} ({authors}) may not make it any more: a user with the role must send it again, or `hanse \
+             policy reject {id}` drops it"
+        )));
+    }
     let approved = Sent::of_approved(id, (proposal.action == ChangeAction::Apply).then_some(manifest));
     let (transaction, _) = approved.decide_alone(snapshot)?;
     end(snapshot, id, transaction)
+}
+
+/// The transaction that drops a proposal.
+fn reject(snapshot: &Snapshot, who: &Identity, id: &ObjectId, digest: &str) -> Result<Transaction, ChangeError> {
+    let proposal = snapshot.proposals.get(id);
+    if !proposal.is_some_and(|it| it.authors.contains(&who.to_string())) {
+        let manifest = proposal.map(|it| leads_to(snapshot, id, it)).unwrap_or_default();
+        let tiers = tiers_of(snapshot, id, &manifest);
+        let tiers: Vec<&str> = tiers.iter().map(|tier| &**tier).collect();
+        permit(snapshot, who, Need::Approve(&tiers))?;
+    }
+    let proposal = proposal.ok_or_else(|| nothing(id))?;
+    if proposal.digest != digest {
+        return Err(ChangeError::Conflict(format!("the change of {id} is another one now: review it again")));
+    }
+    end(snapshot, id, Transaction::default())
 }

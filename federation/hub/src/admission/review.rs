@@ -195,6 +195,9 @@ impl Reviewer {
     /// Checks that the user may use the tiers of a policy: the one in which it was, the one in which it will be, and the one in which its
     /// version in force is.
     async fn authorize(&self, request: &Request, id: &ObjectId) -> Result<(), Refusal> {
+        if request.operation == Operation::Delete && self.may_withdraw(request, id).await? {
+            return Ok(());
+        }
         // A Tier itself is a matter of the verbs on it. A set belongs to the policies of all tiers.
         let tiers: BTreeSet<Option<Arc<str>>> = match id.kind {
             Kind::Tier | Kind::MemberCluster => return Ok(()),
@@ -210,6 +213,23 @@ impl Reviewer {
             }
         };
         self.require(request, Verb::Use, &tiers, &id.to_string()).await
+    }
+
+    /// Whether the request deletes a policy that was never in force, since its creation waits for an approval, and its user may approve it.
+    /// Otherwise a user could reserve names in all tiers with policies that no other user of its tier deletes.
+    async fn may_withdraw(&self, request: &Request, id: &ObjectId) -> Result<bool, Refusal> {
+        let snapshot = self.registry.snapshot();
+        let Some(object) = request.old_object.as_ref().filter(|_| !snapshot.objects.contains_key(id)) else {
+            return Ok(false);
+        };
+        let tiers = tiers_of(&snapshot, id, change::manifest(id.kind.name(), object).as_bytes());
+        for tier in &tiers {
+            let allowed = self.access.allows(&request.user_info, Verb::Approve, Some(tier)).await;
+            if !allowed.map_err(|error| Refusal::Unavailable(format!("{error:#}")))? {
+                return Ok(false);
+            }
+        }
+        Ok(!tiers.is_empty())
     }
 
     /// Checks a right on each of the tiers; `None` is all tiers.

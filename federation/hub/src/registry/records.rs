@@ -203,20 +203,30 @@ pub struct ProposalRecord {
     pub action: ChangeAction,
     /// The manifest with the change; empty for a deletion.
     pub manifest: String,
-    /// Of the action, and of the manifests before and after it.
+    /// Of the action, of the manifests before and after it, and of `nonce`.
     pub digest: String,
+    /// Distinguishes this proposal from all others. Empty: of an earlier version of the hub.
+    #[serde(default)]
+    pub nonce: String,
+    /// When it was sent first, in seconds since 1970.
+    #[serde(default)]
+    pub at: u64,
 }
 
 impl ProposalRecord {
     /// The digest of a change from the manifest in force, if the object exists. The same manifest has another digest where it creates
-    /// an object, where it follows another version, and where it is deleted: an approval of one of these is not one of the others.
-    pub fn digest(action: ChangeAction, before: Option<&[u8]>, after: &[u8]) -> String {
+    /// an object, where it follows another version, where it is deleted, and where it is proposed again: an approval of one of these is
+    /// not one of the others.
+    pub fn digest(action: ChangeAction, before: Option<&[u8]>, after: &[u8], nonce: &str) -> String {
         let before = before.map_or_else(|| "absent".to_owned(), digest);
         let (action, after) = match action {
             ChangeAction::Apply => ("apply", digest(after)),
             ChangeAction::Delete => ("delete", "absent".to_owned()),
         };
-        digest(format!("{action} {before} {after}").as_bytes())
+        match nonce {
+            "" => digest(format!("{action} {before} {after}").as_bytes()),
+            nonce => digest(format!("{action} {before} {after} {nonce}").as_bytes()),
+        }
     }
 }
 

@@ -201,6 +201,11 @@ async fn an_approval_is_for_one_change_of_one_version() {
     outdated(&mut bob, &created, "the way back to the first version").await;
     outdated(&mut bob, &second, "another version").await;
     assert_eq!(in_force(&mut bob).await, Some(2));
+    // Withdrawn, and sent again: the same manifests, and another change.
+    let withdrawn = pending(&mut bob, POLICY, "web").await.unwrap().digest;
+    assert!(!waits(&mut admin, ordered("strict", 2)).await);
+    assert!(waits(&mut admin, ordered("strict", 1)).await);
+    outdated(&mut bob, &withdrawn, "of the earlier proposal of the same change").await;
     let back = pending(&mut bob, POLICY, "web").await.unwrap().digest;
     approve(&mut bob, POLICY, "web", &back).await.unwrap();
     assert_eq!(in_force(&mut bob).await, Some(1));
@@ -241,6 +246,91 @@ async fn authors_withdraw_and_leave_room_for_others() {
     let request = wire::DeleteRequest { kind: POLICY.into(), name: "web-0".to_owned() };
     ada.delete(request).await.unwrap();
     assert_eq!(ada.apply(named(251)).await.unwrap().into_inner().applied(), wire::Applied::Pending);
+}
+
+async fn list(user: &mut Admin) -> Vec<wire::PendingSummary> {
+    user.list_pending(wire::ListPendingRequest {}).await.unwrap().into_inner().changes
+}
+
+async fn reject(user: &mut Admin, digest: &str) -> Result<(), Code> {
+    let request = wire::RejectRequest { kind: POLICY.into(), name: "web".to_owned(), digest: digest.to_owned() };
+    user.reject(request).await.map(drop).map_err(|status| status.code())
+}
+
+#[tokio::test]
+async fn changes_that_wait_are_listed_and_dropped_by_role() {
+    let test = TestHub::start().await;
+    let mut admin = test.admin().await;
+    let author = |tier: &str| Role::Author(wire::Author { tiers: tiers(&[tier]) });
+    let mut ada = test.user("ada", author("strict")).await;
+    let mut eve = test.user("eve", author("open")).await;
+    let mut bob = bob_again(&test).await;
+    let mut viewer = test.user("vic", Role::Viewer(wire::Viewer {})).await;
+    for tier in [tier("open"), strict(true)] {
+        assert!(!waits(&mut admin, tier).await);
+    }
+    assert_eq!(list(&mut viewer).await, []);
+    assert!(waits(&mut ada, ordered("strict", 1)).await);
+    assert!(waits(&mut admin, strict(false)).await);
+    for (user, of_policy, of_tier) in [
+        (&mut viewer, false, false),
+        (&mut ada, false, false),
+        (&mut bob, true, true),
+        // An author of the second.
+        (&mut admin, true, false),
+    ] {
+        let listed = list(user).await;
+        let names: Vec<(&str, &[String], bool)> =
+            listed.iter().map(|it| (&*it.name, &it.authors[..], it.can_approve)).collect();
+        let (ada, admin) = (["user/ada".to_owned()], ["user/admin".to_owned()]);
+        assert_eq!(names, [("web", &ada[..], of_policy), ("strict", &admin[..], of_tier)], "{listed:#?}");
+        assert!(listed.iter().all(|it| it.tiers == ["strict"] && it.since > 1_700_000_000 && it.is_authorized));
+    }
+
+    // Who may approve a change may drop it, and so may its authors; others may not.
+    let digest = list(&mut bob).await[0].digest.clone();
+    assert_eq!(reject(&mut eve, &digest).await, Err(Code::PermissionDenied));
+    assert_eq!(reject(&mut bob, "sha256:0").await, Err(Code::FailedPrecondition));
+    assert_eq!(reject(&mut bob, &digest).await, Ok(()));
+    assert_eq!((list(&mut bob).await.len(), stage(&mut ada).await), (1, None));
+    assert!(waits(&mut ada, ordered("strict", 1)).await);
+    let again = list(&mut ada).await[0].digest.clone();
+    assert_ne!(again, digest, "the same change is another one when it is proposed again");
+    let (code, _) = approve(&mut bob, POLICY, "web", &digest).await.unwrap_err();
+    assert_eq!(code, Code::FailedPrecondition, "an approval of the change that was dropped");
+    assert_eq!(reject(&mut ada, &again).await, Ok(()));
+
+    // A change that waits reserves no name: a user who may not write into its tier creates the policy in another one.
+    assert!(waits(&mut ada, ordered("strict", 1)).await);
+    assert!(!waits(&mut eve, ordered("open", 2)).await);
+    assert_eq!((list(&mut bob).await.len(), in_force(&mut eve).await), (1, Some(2)));
+}
+
+#[tokio::test]
+async fn proposal_of_an_author_without_rights_cannot_take_effect() {
+    let test = TestHub::start().await;
+    let mut admin = test.admin().await;
+    let author = |tier: &str| Role::Author(wire::Author { tiers: tiers(&[tier]) });
+    let (mut ada, mut bob) = (test.user("ada", author("strict")).await, bob_again(&test).await);
+    assert!(!waits(&mut admin, strict(true)).await);
+    assert!(waits(&mut ada, ordered("strict", 1)).await);
+    let digest = list(&mut bob).await[0].digest.clone();
+    // Other roles, and then none at all.
+    let _ = test.user("ada", author("open")).await;
+    for revoked in [false, true] {
+        if revoked {
+            admin.revoke_user(wire::RevokeUserRequest { name: "ada".to_owned() }).await.unwrap();
+        }
+        assert!(!list(&mut bob).await[0].is_authorized);
+        let (code, message) = approve(&mut bob, POLICY, "web", &digest).await.unwrap_err();
+        assert!(code == Code::FailedPrecondition && message.contains("user/ada"), "{code:?}: {message}");
+        assert_eq!(in_force(&mut bob).await, None);
+    }
+    // It is also the change of another author, who may make it.
+    assert!(waits(&mut admin, ordered("strict", 1)).await);
+    assert!(list(&mut bob).await[0].is_authorized);
+    approve(&mut bob, POLICY, "web", &digest).await.unwrap();
+    assert_eq!(in_force(&mut bob).await, Some(1));
 }
 
 /// `bob`, whose connection ended with the hub.
