@@ -91,20 +91,45 @@ allowPrivilegeEscalation: false
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* The store of the hub, where it is not the embedded one. */}}
+{{/* The embedded store. */}}
+{{- define "hanse.hubFile" -}}
+file:/data/hub/{{ .Values.hub.persistence.file }}
+{{- end -}}
+
+{{/* The store of the hub, where it is not the default one, and the key of its authority, where that is in the store. */}}
 {{- define "hanse.hubStore" -}}
 {{- if .Values.hub.etcd.url }}
 - {{ printf "--store=%s" .Values.hub.etcd.url | quote }}
+{{- else if ne .Values.hub.persistence.file "hub.redb" }}
+- --store={{ include "hanse.hubFile" . }}
+{{- end }}
+{{- if .Values.hub.keySecret.name }}
 - --key-file=/etc/hanse/unlock/{{ .Values.hub.keySecret.key }}
 {{- end }}
 {{- end -}}
 
 {{- define "hanse.hubStoreMounts" -}}
-{{- if .Values.hub.etcd.url }}
+{{- if .Values.hub.keySecret.name }}
 - {name: unlock, mountPath: /etc/hanse/unlock, readOnly: true}
-{{- if .Values.hub.etcd.secretName }}
+{{- end }}
+{{- if and .Values.hub.etcd.url .Values.hub.etcd.secretName }}
 - {name: etcd, mountPath: /etc/hanse/etcd, readOnly: true}
 {{- end }}
+{{- end -}}
+
+{{/* The kubelet gives the files of a Secret, which are mounted read-only, the group fsGroup and the right to read for it, and no other. */}}
+{{- define "hanse.hubStoreVolumes" -}}
+{{- if .Values.hub.keySecret.name }}
+- name: unlock
+  secret:
+    secretName: {{ .Values.hub.keySecret.name }}
+    defaultMode: 0440
+{{- end }}
+{{- if and .Values.hub.etcd.url .Values.hub.etcd.secretName }}
+- name: etcd
+  secret:
+    secretName: {{ .Values.hub.etcd.secretName }}
+    defaultMode: 0440
 {{- end }}
 {{- end -}}
 

@@ -17,6 +17,7 @@ mod failover;
 mod images;
 pub(crate) mod installed;
 mod openshift;
+mod replicas;
 mod state;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -242,6 +243,9 @@ fn wrong_values_are_refused_by_name() {
         ("hub.etcd.url", json!("etcd://etcd:2379"), "hub.keySecret.name"),
         ("hub.advertise", json!("hub.example"), "/hub/advertise"),
         ("hub.leaseSeconds", json!(1), "/hub/leaseSeconds"),
+        ("hub.job.action", json!("Backup"), "/hub/job/action"),
+        ("hub.job.action", json!("MigrateToEtcd"), "hub.etcd.url is empty"),
+        ("hub.persistence.file", json!("../hub.redb"), "/hub/persistence/file"),
         ("hub.resources.limits.memory", json!("much"), "/hub/resources/limits/memory"),
         ("hub.persistence.whenDeleted", json!("Maybe"), "/hub/persistence/whenDeleted"),
         ("hub.podDisruptionBudget.maxUnavailable", json!(2), "/hub/podDisruptionBudget/maxUnavailable"),

@@ -26,6 +26,10 @@ mod simulation;
 mod source;
 mod system;
 
+#[path = "../../../federation/store/tests/it/etcd/nodes.rs"]
+#[expect(dead_code, reason = "the tests of the store use more of it")]
+mod etcd_nodes;
+
 #[path = "../../../federation/cli/tests/it/corpus/reading.rs"]
 mod corpus;
 #[path = "../../../federation/policy/tests/it/worlds.rs"]

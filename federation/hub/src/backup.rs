@@ -3,6 +3,7 @@
 //! A store in a file belongs to the hub that runs. That hub passes a copy on through a Unix socket beside the file, to processes of
 //! its own user and root: to those who may read the file.
 
+use std::io::{IsTerminal as _, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -24,6 +25,8 @@ use crate::transfer::{self, Copied, Progress};
 
 /// The files of the authority: the first is secret.
 const FILES: [&str; 2] = ["ca.key", "ca.pem"];
+/// Those of the first administrator, which are as secret as the authority's key, and are part of a backup with that only.
+const ADMINISTRATOR: [&str; 3] = ["admin.key", "admin.pem", "admin.context"];
 /// Copies at the same time: each is in memory as a whole.
 const MAX_COPIES: usize = 2;
 /// How long one copy may take.
@@ -41,14 +44,18 @@ pub struct Summary {
     pub has_open_key: bool,
 }
 
-/// Copies the store, as of one revision, and the authority's files in `data`, if there are any, to a new file that only its owner
-/// can read.
+/// Copies the store, as of one revision, and the files of the authority and of the first administrator in `data`, if there are any, to a
+/// new file that only its owner can read. Without `file`, to the standard output, as a whole or with an error.
 ///
 /// # Errors
-/// When the store cannot be read, or the file exists or cannot be written.
-pub async fn backup(store: &StoreUrl, data: Option<&Path>, file: &Path) -> anyhow::Result<Summary> {
-    if file.exists() {
-        bail!("{} exists already: choose another file", file.display());
+/// When the store cannot be read, the file exists or cannot be written, or the standard output is a terminal.
+pub async fn backup(store: &StoreUrl, data: Option<&Path>, file: Option<&Path>) -> anyhow::Result<Summary> {
+    match file {
+        Some(file) if file.exists() => bail!("{} exists already: choose another file", file.display()),
+        None if std::io::stdout().is_terminal() => {
+            bail!("the standard output is a terminal: redirect it to a file, or name a file")
+        }
+        _ => {}
     }
     let opened = hanse_store::open(store).await;
     let (mut archive, is_sealed) = match (opened, store.path()) {
@@ -64,18 +71,28 @@ pub async fn backup(store: &StoreUrl, data: Option<&Path>, file: &Path) -> anyho
         }
         (Err(error), _) => return Err(error).with_context(|| format!("open the store {store}")),
     };
-    for name in FILES {
+    let has_key = |files: &[(String, Zeroizing<Vec<u8>>)]| files.iter().any(|it| it.0 == FILES[0]);
+    for name in FILES.into_iter().chain(ADMINISTRATOR) {
+        if ADMINISTRATOR.contains(&name) && !has_key(&archive.files) {
+            continue;
+        }
         let Some(path) = data.map(|data| data.join(name)).filter(|path| path.exists()) else { continue };
         let content =
-            if name == FILES[0] { files::read_secret(&path) } else { std::fs::read(&path).map(Zeroizing::new) };
+            if is_secret(name) { files::read_secret(&path) } else { std::fs::read(&path).map(Zeroizing::new) };
         archive.files.push((name.to_owned(), content.with_context(|| format!("read {}", path.display()))?));
     }
     let bytes = archive.encode();
     if bytes.len() > MAX_BYTES {
         bail!("the backup has {} bytes: at most 256 MiB", bytes.len());
     }
-    files::write_secret(file, &bytes).with_context(|| format!("write {}", file.display()))?;
-    let has_open_key = archive.files.iter().any(|it| it.0 == FILES[0]);
+    match file {
+        Some(file) => files::write_secret(file, &bytes).with_context(|| format!("write {}", file.display()))?,
+        None => {
+            let mut out = std::io::stdout().lock();
+            out.write_all(&bytes).and_then(|()| out.flush()).context("write the backup to the standard output")?;
+        }
+    }
+    let has_open_key = has_key(&archive.files);
     Ok(Summary {
         revision: archive.revision,
         entries: archive.entries.len(),
@@ -85,40 +102,61 @@ pub async fn backup(store: &StoreUrl, data: Option<&Path>, file: &Path) -> anyho
     })
 }
 
-/// Fills a store from a backup, and writes the authority's files into `data`. It can be repeated after an interruption.
+/// Reads a backup and verifies that it is complete. Without `file`, from the standard input to its end.
 ///
 /// # Errors
-/// When the file is not a backup, the store contains something else, or `data` contains another authority.
+/// When it cannot be read, or is damaged, cut or not a backup.
+pub fn read(file: Option<&Path>) -> anyhow::Result<Archive> {
+    let name = || file.map_or_else(|| "from the standard input".to_owned(), |file| file.display().to_string());
+    let read = || format!("read the backup {}", name());
+    let mut bytes = Zeroizing::new(Vec::new());
+    let limit = MAX_BYTES as u64 + 1;
+    match file {
+        Some(file) => std::fs::File::open(file).with_context(read)?.take(limit).read_to_end(&mut bytes),
+        None => std::io::stdin().lock().take(limit).read_to_end(&mut bytes),
+    }
+    .with_context(read)?;
+    Archive::decode(&bytes).with_context(read)
+}
+
+/// Fills a store from a backup, and writes its files into `data`. It can be repeated after an interruption.
+///
+/// # Errors
+/// When the store contains something else, or `data` contains another authority.
 pub async fn restore(
-    file: &Path,
+    archive: &Archive,
     store: &StoreUrl,
     data: Option<&Path>,
     progress: Progress<'_>,
 ) -> anyhow::Result<(Copied, Vec<PathBuf>)> {
-    let read = || format!("read the backup {}", file.display());
-    if std::fs::metadata(file).with_context(read)?.len() > MAX_BYTES as u64 {
-        bail!("{} is larger than 256 MiB: it is not a backup of a hub", file.display());
-    }
-    let bytes = Zeroizing::new(std::fs::read(file).with_context(read)?);
-    let archive = Archive::decode(&bytes).with_context(read)?;
-    let known = archive.files.iter().filter(|it| FILES.contains(&&*it.0));
+    let is_known = |name: &str| FILES.contains(&name) || ADMINISTRATOR.contains(&name);
+    let known = archive.files.iter().filter(|it| is_known(&it.0));
     let wanted: Vec<_> = data.into_iter().flat_map(|data| known.clone().map(|it| (data.join(&it.0), it))).collect();
-    for (path, (_, content)) in &wanted {
-        if path.exists() && std::fs::read(path).with_context(|| format!("read {}", path.display()))? != **content {
-            bail!("{} belongs to another ClusterSet: choose another folder", path.display());
+    let mut missing = Vec::new();
+    for (path, (name, content)) in wanted {
+        match path.exists() {
+            false => missing.push((path, name, content)),
+            // An administrator may have got another certificate since.
+            true if ADMINISTRATOR.contains(&&**name) => {}
+            true if std::fs::read(&path).with_context(|| format!("read {}", path.display()))? == **content => {}
+            true => bail!("{} belongs to another ClusterSet: choose another folder", path.display()),
         }
     }
     // First of all: with the store alone, an interrupted command would look complete.
     let mut written = Vec::new();
-    for (path, (name, content)) in wanted {
-        let mode = if name == FILES[0] { 0o600 } else { 0o644 };
+    for (path, name, content) in missing {
+        let mode = if is_secret(name) { 0o600 } else { 0o644 };
         if let Some(folder) = data {
             files::private_folder(folder).with_context(|| format!("make {}", folder.display()))?;
         }
         files::write_atomic(&path, content, mode).with_context(|| format!("write {}", path.display()))?;
         written.push(path);
     }
-    Ok((transfer::restore(&archive, store, progress).await?, written))
+    Ok((transfer::restore(archive, store, progress).await?, written))
+}
+
+fn is_secret(name: &str) -> bool {
+    [FILES[0], "admin.key", "admin.context"].contains(&name)
 }
 
 /// The socket beside the file of a store.

@@ -4,7 +4,7 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -45,9 +45,17 @@ enum Command {
     Run(Box<RunArgs>),
     /// Print the CustomResourceDefinitions of hanse.dev as YAML, for kubectl apply --server-side -f -.
     Crds(CrdsArgs),
-    /// Copy the store, as of one revision, to a new file that only its owner can read. The hub may run.
+    /// Copy the store, as of one revision, to a new file that only its owner can read, or to the standard output. The hub may run.
+    #[command(after_help = "\
+Examples:
+  hanse-hub backup hub.backup --data /var/lib/hanse-hub
+  kubectl exec hanse-hub-0 -c hub -- hanse-hub backup - --data /data/hub > hub.backup")]
     Backup(BackupArgs),
     /// Fill a new store from a backup. Repeat the command if it was interrupted.
+    #[command(after_help = "\
+Examples:
+  hanse-hub restore --check hub.backup
+  hanse-hub restore hub.backup file:/srv/hub/hub.redb --data /srv/hub")]
     Restore(RestoreArgs),
     /// Move the store, or the authority's key into it.
     #[command(subcommand)]
@@ -93,9 +101,9 @@ enum StoreCommand {
 
 #[derive(Debug, Args)]
 struct BackupArgs {
-    /// File to create.
+    /// File to create, or - for the standard output.
     file: PathBuf,
-    /// Directory of the hub's files: ca.key and ca.pem become part of the backup.
+    /// Directory of the hub's files: ca.key, ca.pem and, with ca.key, those of the first administrator become part of the backup.
     #[arg(long, value_name = "DIRECTORY", required_unless_present = "store")]
     data: Option<PathBuf>,
     /// Store to copy, as a URL [default: file:DATA/hub.redb].
@@ -105,13 +113,17 @@ struct BackupArgs {
 
 #[derive(Debug, Args)]
 struct RestoreArgs {
-    /// Backup to read.
+    /// Backup to read, or - for the standard input.
     file: PathBuf,
     /// Store to fill, as a URL: it must not exist, or be empty.
-    store: StoreUrl,
-    /// Directory for ca.key and ca.pem, if they are part of the backup; created if missing.
+    #[arg(required_unless_present = "check")]
+    store: Option<StoreUrl>,
+    /// Directory for the files of the hub that are part of the backup; created if missing.
     #[arg(long, value_name = "DIRECTORY")]
     data: Option<PathBuf>,
+    /// Only verify that the backup is complete.
+    #[arg(long, conflicts_with_all = ["store", "data"])]
+    check: bool,
 }
 
 #[derive(Debug, Args)]
@@ -243,7 +255,7 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
         Command::Init(args) => {
             let trust_domain = TrustDomain::new(&args.trust_domain).context("read --trust-domain")?;
             let store = args.store.unwrap_or_else(|| default_store(&args.data));
-            if args.if_missing && is_initialised(&args.data) {
+            if args.if_missing && is_initialised(&args.data, &store) {
                 return Ok(text::line(format_args!("{} already contains a ClusterSet", args.data.display()))?);
             }
             if let Some(key_file) = args.key_file.as_deref().filter(|_| args.if_missing && store.path().is_none()) {
@@ -337,23 +349,35 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
         Command::Backup(args) => {
             let store =
                 args.store.or_else(|| args.data.as_deref().map(default_store)).context("give --data or --store")?;
-            let made = backup::backup(&store, args.data.as_deref(), &args.file).await?;
-            let file = args.file.display();
-            text::line(format_args!(
-                "Wrote {} entries of revision {} to {file} ({} bytes).",
-                made.entries, made.revision, made.bytes
-            ))?;
+            let file = named(&args.file);
+            let made = backup::backup(&store, args.data.as_deref(), file).await?;
+            let (to, bytes) = (file.map_or("the standard output".into(), |it| it.to_string_lossy()), made.bytes);
+            let mut lines =
+                vec![format!("Wrote {} entries of revision {} to {to} ({bytes} bytes).", made.entries, made.revision)];
             if made.has_open_key {
-                text::line("It contains the authority's key, unencrypted: keep it as safe as ca.key.")?;
+                lines.push("It contains the authority's key, unencrypted: keep it as safe as ca.key.".to_owned());
             } else if !made.has_authority {
-                text::line("It does not contain the authority's key: back up ca.key and ca.pem, or give --data.")?;
+                let without = "It does not contain the authority's key: back up ca.key and ca.pem, or give --data.";
+                lines.push(without.to_owned());
+            }
+            for line in lines {
+                match file {
+                    Some(_) => text::line(line)?,
+                    // The standard output is the backup.
+                    None => text::note(line),
+                }
             }
             Ok(())
         }
         Command::Restore(args) => {
-            let data = args.data.as_deref();
-            let (copied, written) = backup::restore(&args.file, &args.store, data, &mut progress).await?;
-            copied_line(copied, &args.store)?;
+            let archive = backup::read(named(&args.file))?;
+            let Some(store) = args.store else {
+                let (entries, revision) = (archive.entries.len(), archive.revision);
+                let file = args.file.display();
+                return Ok(text::line(format_args!("{file} is complete: {entries} entries of revision {revision}."))?);
+            };
+            let (copied, written) = backup::restore(&archive, &store, args.data.as_deref(), &mut progress).await?;
+            copied_line(copied, &store)?;
             for path in written {
                 text::line(format_args!("Wrote {}.", path.display()))?;
             }
@@ -384,6 +408,11 @@ async fn serve(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+/// `None` for `-`, the standard input or output.
+fn named(file: &Path) -> Option<&Path> {
+    (file != Path::new("-")).then_some(file)
 }
 
 /// A URL for a shell, for which `&` and `?` have a meaning.

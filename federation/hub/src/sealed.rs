@@ -116,8 +116,13 @@ pub async fn seal(store: &dyn Store, authority: &Ca, unlock: &UnlockKey) -> anyh
 /// # Errors
 /// When files cannot be read, or the store fails, or belongs to another ClusterSet or contains another key.
 pub async fn seal_folder(data: &Path, url: &StoreUrl, key_file: &Path) -> anyhow::Result<()> {
-    let authority = Authority::read(data, Lifetimes::default()).context("read the root")?;
     let store = hanse_store::open(url).await.with_context(|| format!("open the store {url}"))?;
+    if !data.join("ca.key").exists() && is_sealed(&*store).await? {
+        // The key was never in the folder, or was deleted from it.
+        unseal(&*store, key_file).await?;
+        return Ok(());
+    }
+    let authority = Authority::read(data, Lifetimes::default()).context("read the root")?;
     let root = store.read(&key(&["meta", "root"])?).await.context("read the store")?;
     if root.is_none_or(|it| it.value != authority.root().fingerprint().to_string().as_bytes()) {
         bail!("the store {url} belongs to another ClusterSet than {}", data.display());

@@ -235,9 +235,10 @@ pub(crate) fn write_context(data: &Path, trust_domain: &TrustDomain, listen: Soc
     files::write_secret(&data.join("admin.context"), text.as_bytes()).context("write admin.context")
 }
 
-/// Whether `data` contains the root key of a ClusterSet whose [`init`] was completed.
-pub fn is_initialised(data: &Path) -> bool {
-    data.join("ca.key").exists() && !data.join(UNFINISHED).exists()
+/// Whether `data` contains a ClusterSet whose [`init`] was completed: its root key, or its store, which may contain the key.
+pub fn is_initialised(data: &Path, store: &StoreUrl) -> bool {
+    let file = store.path().filter(|path| path.starts_with(data));
+    (data.join("ca.key").exists() || file.is_some_and(Path::exists)) && !data.join(UNFINISHED).exists()
 }
 
 /// The address of a listener for clients on this machine.

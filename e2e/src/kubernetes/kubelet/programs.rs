@@ -6,6 +6,8 @@
 //!
 //! In a user namespace, every program runs as that namespace's root, with the capabilities that its pod says.
 //!
+//! Names of Services are in the file `/etc/hosts` of a container, as of the start of its program.
+//!
 //! Not simulated: limits of resources, seccomp and AppArmor, `exec` and `grpc` probes (an error), and files that change while the
 //! pod runs.
 
@@ -132,9 +134,12 @@ impl Programs {
             let script = self.script(pod, container, volumes, &variables)?;
             let root = self.scratch.join("roots").join(pod["metadata"]["uid"].as_str().unwrap_or_default()).join(name);
             std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
+            // The root is mounted over the folder.
+            let hosts = root.with_extension("hosts");
+            std::fs::write(&hosts, environment::hosts(start, pod).await?).context("write the names of Services")?;
             let mut command = Command::new("unshare");
             command.args(["--mount", "--propagation=private", "sh", "-ec"]).arg(script).arg("sh");
-            command.arg(root).arg(program);
+            command.arg(root).arg(hosts).arg(program);
             let texts = |list: &Value| -> Vec<String> {
                 list.as_array().into_iter().flatten().filter_map(|it| it.as_str().map(str::to_owned)).collect()
             };
@@ -156,7 +161,7 @@ impl Programs {
         spawned.await.with_context(|| format!("container {name}"))
     }
 
-    /// Makes the container's root at `$1`, and becomes the program `$2` in it with the arguments after it.
+    /// Makes the container's root at `$1` with the file `hosts` of `$2`, and becomes the program `$3` in it with the arguments after it.
     fn script(
         &self,
         pod: &Value,
@@ -169,14 +174,15 @@ impl Programs {
             of_container => of_container,
         };
         let is = |key: &str| security(key) == &Value::Bool(true);
-        let mut script = "root=$1; shift\nmount -t tmpfs -o mode=0755 root \"$root\"\n".to_owned();
+        let mut script = "root=$1; hosts=$2; shift 2\nmount -t tmpfs -o mode=0755 root \"$root\"\n".to_owned();
         script.push_str(
             "for it in usr bin sbin lib lib64; do\n\
              if [ -L /$it ]; then cp -P /$it \"$root/$it\"\n\
              elif [ -d /$it ]; then mkdir \"$root/$it\"; mount --bind -o ro /$it \"$root/$it\"; fi\n\
              done\n\
              mkdir \"$root/etc\" \"$root/proc\" \"$root/dev\" \"$root/sys\" \"$root/tmp\"; chmod 1777 \"$root/tmp\"\n\
-             cp /etc/ld.so.cache \"$root/etc\"\n\
+             cp /etc/ld.so.cache \"$root/etc\"; cp \"$hosts\" \"$root/etc/hosts\"\n\
+             echo 'hosts: files' >\"$root/etc/nsswitch.conf\"; chmod 644 \"$root/etc/hosts\" \"$root/etc/nsswitch.conf\"\n\
              for it in proc dev sys; do mount --rbind /$it \"$root/$it\"; done\n",
         );
         if !is("privileged") {

@@ -91,7 +91,18 @@ async fn a_running_hub_is_backed_up_at_one_revision_and_restored() {
     assert!(written >= last && last > 0);
     fails(&["backup", path(&at("backup-0")), "--data", path(&data)], &["backup-0 exists already"]);
     let file = at("backup");
-    succeeds(&["backup", path(&file), "--data", path(&data)]);
+    // As `kubectl exec … > FILE` does.
+    let output = run(&["backup", "-", "--data", path(&data)]);
+    assert!(output.status.success(), "{}", text(&output));
+    std::fs::write(&file, &output.stdout).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains(&format!("({} bytes)", output.stdout.len())) && said.contains("unencrypted"), "{said}");
+    let printed = succeeds(&["restore", "--check", path(&file)]);
+    assert!(printed.contains("is complete"), "{printed}");
+    // A reader that ends early is an error.
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = hub().args(["backup", "-", "--data", path(&data)]).stdout(full).output().unwrap();
+    assert!(!output.status.success() && text(&output).contains("standard output"), "{}", text(&output));
     let expected = policies(&mut admin).await;
     drop(process);
     // A hub that is stopped is backed up too; what a killed one leaves is not in the way.
@@ -101,12 +112,14 @@ async fn a_running_hub_is_backed_up_at_one_revision_and_restored() {
     let other = at("other");
     let store = format!("file:{}/hub.redb", other.display());
     let restore = ["restore", path(&file), &store, "--data", path(&other)];
-    let printed = succeeds(&restore);
-    assert!(printed.contains("ca.key") && printed.contains("verified"), "{printed}");
+    let mut from_input = restore;
+    from_input[1] = "-";
+    let input = std::fs::File::open(&file).unwrap();
+    let output = hub().args(from_input).stdin(input).output().unwrap();
+    let printed = text(&output);
+    assert!(output.status.success(), "{printed}");
+    assert!(["ca.key", "admin.context", "verified"].iter().all(|it| printed.contains(it)), "{printed}");
     assert!(succeeds(&restore).contains("complete already"), "it can be repeated");
-    for name in ["admin.key", "admin.pem", "admin.context"] {
-        std::fs::copy(data.join(name), other.join(name)).unwrap();
-    }
     let process = start(&other, &ports, &log);
     let mut admin = administrator(&other, &process).await;
     assert_eq!(policies(&mut admin).await, expected);
@@ -130,8 +143,12 @@ async fn a_running_hub_is_backed_up_at_one_revision_and_restored() {
     let (damaged, absent) = (at("damaged"), format!("file:{}", at("absent").display()));
     std::fs::write(&damaged, &bytes).unwrap();
     fails(&["restore", path(&damaged), &absent], &["damaged", "checksum"]);
-    std::fs::write(&damaged, &bytes[..100]).unwrap();
-    fails(&["restore", path(&damaged), &absent], &["damaged"]);
+    bytes[middle] ^= 1;
+    for length in [100, middle, bytes.len() - 1] {
+        std::fs::write(&damaged, &bytes[..length]).unwrap();
+        fails(&["restore", path(&damaged), &absent], &["damaged or incomplete"]);
+        fails(&["restore", "--check", path(&damaged)], &["damaged or incomplete"]);
+    }
     std::fs::write(&damaged, "kind: Pod").unwrap();
     fails(&["restore", path(&damaged), &absent], &["not a backup"]);
     assert!(!at("absent").exists());

@@ -80,6 +80,24 @@ fn link(variables: &mut BTreeMap<String, String>, service: &Service) {
     }
 }
 
+/// What the DNS of the cluster knows, as a file `hosts`: the Services that have an address when the program starts.
+pub async fn hosts(start: &Start<'_>, pod: &Value) -> anyhow::Result<String> {
+    let mut hosts = "127.0.0.1 localhost\n".to_owned();
+    for service in Reader::new(start, pod).all_services().await? {
+        let address = service.spec.as_ref().and_then(|it| it.cluster_ip.as_deref()).and_then(|it| it.parse().ok());
+        let address: Option<IpAddr> = address;
+        let (Some(address), Some(name), Some(namespace)) = (address, service.metadata.name, service.metadata.namespace)
+        else {
+            continue;
+        };
+        let of_namespace = if pod["metadata"]["namespace"] == namespace { &name } else { "" };
+        let qualified = format!("{name}.{namespace}");
+        hosts
+            .push_str(&format!("{address} {qualified} {qualified}.svc {qualified}.svc.cluster.local {of_namespace}\n"));
+    }
+    Ok(hosts)
+}
+
 fn one(mut values: BTreeMap<String, Vec<u8>>, reference: &Value) -> anyhow::Result<Option<String>> {
     let (name, key) = (&reference["name"], reference["key"].as_str().unwrap_or_default());
     match values.remove(key) {

@@ -61,6 +61,12 @@ impl<'a> Reader<'a> {
         Ok(text.chain(binary).collect())
     }
 
+    /// The Services of all namespaces.
+    pub async fn all_services(&self) -> anyhow::Result<Vec<Service>> {
+        let all: Api<Service> = Api::all(self.start.client.clone());
+        Ok(all.list(&ListParams::default()).await.context("list Services")?.items)
+    }
+
     /// The Services of the pod's namespace.
     pub async fn services(&self) -> anyhow::Result<Vec<Service>> {
         let services = self.api().list(&ListParams::default()).await.context("list Services")?;

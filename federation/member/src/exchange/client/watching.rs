@@ -113,7 +113,11 @@ impl Client {
                     let answers = self.receive(message)?;
                     if self.with_receiver(Receiver::is_served) {
                         choice.serves(hub);
-                        lock(&self.shared.watching).hub.get_or_insert_with(|| hub.to_owned());
+                        let mut watching = lock(&self.shared.watching);
+                        if watching.hub.is_none() {
+                            watching.hub = Some(hub.to_owned());
+                            tracing::info!(hub, "hub serves the watch stream");
+                        }
                     } else if opened.elapsed() > SERVED_WITHIN && self.shared.hubs.all().len() > 1 {
                         anyhow::bail!("the hub has older objects than this cluster");
                     }

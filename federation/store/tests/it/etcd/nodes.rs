@@ -1,7 +1,7 @@
-//! Clusters of real etcd nodes on loopback. They end with the test process, also when that is killed.
+//! Clusters of real etcd nodes, on loopback if nothing else is given. They end with the test process, also when that is killed.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::TcpListener;
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
@@ -19,6 +19,7 @@ pub const SOON: Duration = Duration::from_secs(60);
 const PORTS: std::ops::Range<u16> = 15_000..30_000;
 
 pub struct Nodes {
+    host: IpAddr,
     nodes: Vec<Node>,
     extra: Vec<String>,
     tls: bool,
@@ -65,17 +66,22 @@ impl Nodes {
 
     /// With more arguments for each node; with `tls`, they include the certificates.
     pub async fn start_with(extra: &[String], tls: bool) -> Self {
+        Self::start_at(Ipv4Addr::LOCALHOST.into(), extra, tls).await
+    }
+
+    /// At an address of this machine, or of the network namespace of the calling thread.
+    pub async fn start_at(host: IpAddr, extra: &[String], tls: bool) -> Self {
         // In memory where that is possible: etcd flushes each write.
         let memory = Path::new("/dev/shm");
         let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
         let nodes = (0..3).map(|number| Node {
-            client: free_port(),
-            peer: free_port(),
-            status: free_port(),
+            client: free_port(host),
+            peer: free_port(host),
+            status: free_port(host),
             folder: folder.path().join(format!("n{number}")),
             process: None,
         });
-        let mut this = Self { nodes: nodes.collect(), extra: extra.to_vec(), tls, _folder: folder };
+        let mut this = Self { host, nodes: nodes.collect(), extra: extra.to_vec(), tls, _folder: folder };
         (0..3).for_each(|number| this.run(number));
         for number in 0..3 {
             this.healthy(number).await;
@@ -86,12 +92,12 @@ impl Nodes {
     /// Starts a node, on what it had before.
     pub fn run(&mut self, number: usize) {
         let scheme = if self.tls { "https" } else { "http" };
+        let host = self.host;
         let peers: Vec<String> =
-            (0..).zip(&self.nodes).map(|(n, it)| format!("n{n}=http://127.0.0.1:{}", it.peer)).collect();
+            (0..).zip(&self.nodes).map(|(n, it)| format!("n{n}=http://{host}:{}", it.peer)).collect();
         let node = &mut self.nodes[number];
         assert!(node.process.is_none(), "it runs already");
-        let (client, peer) =
-            (format!("{scheme}://127.0.0.1:{}", node.client), format!("http://127.0.0.1:{}", node.peer));
+        let (client, peer) = (format!("{scheme}://{host}:{}", node.client), format!("http://{host}:{}", node.peer));
         let (data, log) = (node.folder.display(), node.folder.with_extension("log"));
         // The shell outlives this process for a moment only: when its input ends, it kills the node and removes its files.
         let script = "\"$@\" >>\"$LOG\" 2>&1 </dev/null & node=$!; echo $node; read -r keep; kill -9 $node; wait; \
@@ -103,7 +109,7 @@ impl Nodes {
             .arg(&node.folder)
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--listen-metrics-urls", &format!("http://127.0.0.1:{}", node.status)])
+            .args(["--listen-metrics-urls", &format!("http://{host}:{}", node.status)])
             .args(["--initial-cluster", &peers.join(","), "--initial-cluster-state", "new"])
             .args(&self.extra)
             .env("LOG", &log)
@@ -134,7 +140,7 @@ impl Nodes {
     }
 
     pub fn hosts(&self) -> Vec<String> {
-        self.nodes.iter().map(|it| format!("127.0.0.1:{}", it.client)).collect()
+        self.nodes.iter().map(|it| format!("{}:{}", self.host, it.client)).collect()
     }
 
     /// A store of its own in this cluster.
@@ -153,7 +159,7 @@ impl Nodes {
     /// The URL of one node, for its clients.
     pub fn address(&self, number: usize) -> String {
         let scheme = if self.tls { "https" } else { "http" };
-        format!("{scheme}://127.0.0.1:{}", self.nodes[number].client)
+        format!("{scheme}://{}:{}", self.host, self.nodes[number].client)
     }
 
     /// Waits until a node serves requests, with a leader.
@@ -188,7 +194,7 @@ impl Nodes {
 
     /// A page of a node's status; empty if it does not answer.
     async fn page(&self, number: usize, path: &str) -> String {
-        let address = ("127.0.0.1", self.nodes[number].status);
+        let address = (self.host, self.nodes[number].status);
         let reading = async {
             let mut stream = tokio::net::TcpStream::connect(address).await?;
             let request = format!("GET {path} HTTP/1.0\r\nHost: etcd\r\n\r\n");
@@ -214,10 +220,10 @@ fn program() -> PathBuf {
     assets.filter(|path| path.is_file()).unwrap_or_else(|| "etcd".into())
 }
 
-fn free_port() -> u16 {
+fn free_port(host: IpAddr) -> u16 {
     loop {
         let port = rand::rng().random_range(PORTS);
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        if TcpListener::bind((host, port)).is_ok() {
             return port;
         }
     }
