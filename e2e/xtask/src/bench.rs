@@ -11,25 +11,28 @@ struct Bench {
     needs_root: bool,
     /// It runs the programs, which are built before.
     needs_programs: bool,
+    /// It runs nodes of etcd, and hubs with their store on it.
+    needs_etcd: bool,
 }
 
 const BENCHES: &[Bench] = &[
-    Bench { name: "apply", needs_root: false, needs_programs: false },
-    Bench { name: "compile", needs_root: false, needs_programs: false },
-    Bench { name: "fanout", needs_root: false, needs_programs: false },
-    Bench { name: "federation", needs_root: false, needs_programs: true },
-    Bench { name: "hub", needs_root: false, needs_programs: false },
-    Bench { name: "kubernetes", needs_root: false, needs_programs: false },
-    Bench { name: "nftables", needs_root: true, needs_programs: false },
-    Bench { name: "questions", needs_root: false, needs_programs: false },
-    Bench { name: "reading", needs_root: false, needs_programs: false },
-    Bench { name: "remote", needs_root: false, needs_programs: false },
+    Bench { name: "apply", needs_root: false, needs_programs: false, needs_etcd: false },
+    Bench { name: "compile", needs_root: false, needs_programs: false, needs_etcd: false },
+    Bench { name: "failover", needs_root: false, needs_programs: false, needs_etcd: true },
+    Bench { name: "fanout", needs_root: false, needs_programs: false, needs_etcd: false },
+    Bench { name: "federation", needs_root: false, needs_programs: true, needs_etcd: false },
+    Bench { name: "hub", needs_root: false, needs_programs: false, needs_etcd: false },
+    Bench { name: "kubernetes", needs_root: false, needs_programs: false, needs_etcd: false },
+    Bench { name: "nftables", needs_root: true, needs_programs: false, needs_etcd: false },
+    Bench { name: "questions", needs_root: false, needs_programs: false, needs_etcd: false },
+    Bench { name: "reading", needs_root: false, needs_programs: false, needs_etcd: false },
+    Bench { name: "remote", needs_root: false, needs_programs: false, needs_etcd: false },
 ];
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Which: apply, compile, fanout, federation, hub, kubernetes, nftables, questions, reading or remote; all of them when none is
-    /// named.
+    /// Which: apply, compile, failover, fanout, federation, hub, kubernetes, nftables, questions, reading or remote; all of them when none
+    /// is named.
     bench: Option<String>,
     /// Only these shapes of it.
     shapes: Vec<String>,
@@ -58,9 +61,17 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             build.args(["build", "--release", "--quiet", "--locked", "--workspace", "--bins"]);
             setup::run(&mut build)?;
         }
+        if bench.needs_etcd {
+            setup::etcd()?;
+            setup::protocol_compiler()?;
+        }
         let mut command = setup::cargo();
         // With the whole workspace, so that all benchmarks share one build of every dependency.
-        command.args(["bench", "--quiet", "--locked", "--workspace", "--bench", bench.name, "--"]);
+        command.args(["bench", "--quiet", "--locked", "--workspace", "--bench", bench.name]);
+        if bench.needs_etcd {
+            command.args(["--features", "hanse-hub/etcd"]);
+        }
+        command.arg("--");
         setup::run(command.args(&arguments.shapes).args(["-o", &arguments.output]))?;
     }
     Ok(())

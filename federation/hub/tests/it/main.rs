@@ -20,6 +20,12 @@ mod objects;
 mod process;
 #[cfg(feature = "etcd")]
 mod replicas;
+#[cfg(feature = "etcd")]
+#[path = "replicas/failover.rs"]
+mod replicas_failover;
+#[cfg(feature = "etcd")]
+#[path = "replicas/registration.rs"]
+mod replicas_registration;
 mod store;
 mod support;
 mod webhook;

@@ -1,8 +1,10 @@
 //! Several replicas of the hub on three real nodes of etcd, with real members, while endpoints and policies change.
 
-mod failover;
-mod members;
-pub mod registration;
+// With paths, since the benchmark of failovers includes this file. The tests are modules of their own.
+#[path = "replicas/churn.rs"]
+pub mod churn;
+#[path = "replicas/members.rs"]
+pub mod members;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,11 +22,11 @@ use crate::support::{Admin, SOON, apply, join, member_cluster, open, tier};
 use members::Member;
 
 /// Short, so that a test observes that leases do not end.
-const LEASE: Duration = Duration::from_secs(5);
+pub const LEASE: Duration = Duration::from_secs(5);
 
 /// A ClusterSet whose hub has replicas.
 pub struct World {
-    folder: tempfile::TempDir,
+    pub folder: tempfile::TempDir,
     replicas: Vec<Replica>,
 }
 
@@ -36,7 +38,7 @@ struct Replica {
 
 impl World {
     /// A replica for each URL, all of which lead to one store.
-    async fn start(urls: &[StoreUrl]) -> Self {
+    pub async fn start(urls: &[StoreUrl]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let replicas =
             urls.iter().map(|url| Replica { url: url.to_string(), ports: free_ports(), process: None }).collect();
@@ -57,20 +59,20 @@ impl World {
         this
     }
 
-    fn data(&self) -> PathBuf {
+    pub fn data(&self) -> PathBuf {
         self.folder.path().join("hub")
     }
 
-    fn key_file(&self) -> PathBuf {
+    pub fn key_file(&self) -> PathBuf {
         self.folder.path().join("unlock.key")
     }
 
-    fn log(&self, number: usize) -> PathBuf {
+    pub fn log(&self, number: usize) -> PathBuf {
         self.folder.path().join(format!("hub-{number}.log"))
     }
 
     /// Starts a replica, for the first time or again.
-    fn run(&mut self, number: usize) {
+    pub fn run(&mut self, number: usize) {
         let (log, key_file) = (self.log(number), self.key_file());
         let log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
         let replica = &mut self.replicas[number];
@@ -86,39 +88,39 @@ impl World {
     }
 
     /// Kills a replica with SIGKILL.
-    fn kill(&mut self, number: usize) {
+    pub fn kill(&mut self, number: usize) {
         drop(self.replicas[number].process.take().expect("it runs"));
     }
 
     /// Stops a replica with SIGTERM, and waits for its end.
-    fn stop(&mut self, number: usize) {
+    pub fn stop(&mut self, number: usize) {
         let mut process = self.replicas[number].process.take().expect("it runs");
         let killed = std::process::Command::new("kill").arg(process.child.id().to_string()).status().unwrap();
         assert!(killed.success() && process.child.wait().unwrap().success());
     }
 
-    fn address(&self, number: usize) -> &str {
+    pub fn address(&self, number: usize) -> &str {
         &self.replicas[number].ports[0]
     }
 
-    fn join_address(&self, number: usize) -> &str {
+    pub fn join_address(&self, number: usize) -> &str {
         &self.replicas[number].ports[1]
     }
 
-    fn number_of(&self, address: &str) -> usize {
+    pub fn number_of(&self, address: &str) -> usize {
         self.replicas.iter().position(|it| it.ports[0] == address).expect("the address of a replica")
     }
 
-    fn running(&self) -> Vec<usize> {
+    pub fn running(&self) -> Vec<usize> {
         (0..self.replicas.len()).filter(|number| self.replicas[*number].process.is_some()).collect()
     }
 
-    async fn admin(&self, number: usize) -> Admin {
+    pub async fn admin(&self, number: usize) -> Admin {
         administrator(&self.data(), self.replicas[number].process.as_ref().expect("it runs")).await
     }
 
     /// An administrator at each replica that runs.
-    async fn admins(&self) -> BTreeMap<usize, Admin> {
+    pub async fn admins(&self) -> BTreeMap<usize, Admin> {
         let mut admins = BTreeMap::new();
         for number in self.running() {
             admins.insert(number, self.admin(number).await);
@@ -126,13 +128,13 @@ impl World {
         admins
     }
 
-    async fn token(&self, cluster: &str) -> String {
+    pub async fn token(&self, cluster: &str) -> String {
         let request = wire::CreateTokenRequest { cluster: cluster.to_owned(), lifetime_seconds: 600, accept: true };
         self.admin(self.running()[0]).await.create_token(request).await.unwrap().into_inner().token
     }
 
     /// A cluster that joins at one replica, and is configured with that one only.
-    async fn member(&self, cluster: &str, net: u8, number: usize) -> Member {
+    pub async fn member(&self, cluster: &str, net: u8, number: usize) -> Member {
         let token = self.token(cluster).await;
         let grants = member_cluster(cluster, &[&format!("10.{net}.0.0/16")]);
         self.admin(number).await.apply(apply(grants)).await.unwrap();
@@ -142,7 +144,7 @@ impl World {
     }
 
     /// Waits until a user at this replica gets an answer of the member of every cluster.
-    async fn answered(&self, number: usize) {
+    pub async fn answered(&self, number: usize) {
         let data = self.data();
         let credentials = Credentials::read(&data.join("admin.key"), &data.join("admin.pem")).unwrap();
         let channel = open(credentials, &data.join("ca.pem"), self.address(number)).await.unwrap();
@@ -158,7 +160,7 @@ impl World {
     }
 
     /// What the replicas logged, for a failure.
-    fn logs(&self) -> String {
+    pub fn logs(&self) -> String {
         let tail = |path: &Path| {
             let text = std::fs::read_to_string(path).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
@@ -168,7 +170,7 @@ impl World {
     }
 
     /// Waits for a status of a replica.
-    async fn until(
+    pub async fn until(
         &self,
         number: usize,
         what: &str,
@@ -186,7 +188,7 @@ impl World {
     }
 
     /// Waits until every replica judges all clusters as healthy, whichever replica they watch.
-    async fn settle(&self) {
+    pub async fn settle(&self) {
         for number in self.running() {
             self.until(number, "all clusters are healthy at every replica", |it| {
                 it.store_unavailable_ms.is_none()
@@ -203,7 +205,7 @@ impl World {
 }
 
 /// Waits until `check` is true, and returns how long that took.
-async fn when(what: &str, world: &World, limit: Duration, check: impl Fn() -> bool) -> Duration {
+pub async fn when(what: &str, world: &World, limit: Duration, check: impl Fn() -> bool) -> Duration {
     let began = Instant::now();
     while !check() {
         assert!(began.elapsed() < limit, "not within {limit:?}: {what}\n{}", world.logs());

@@ -9,9 +9,9 @@ use hanse_proto::federation::v1::exchange_client::ExchangeClient;
 use tokio_stream::wrappers::ReceiverStream;
 use wire::publish_request::Message;
 
-use super::{World, when};
 use crate::etcd_nodes::{self as nodes, SOON};
 use crate::process::{Process, administrator, free_ports, hub};
+use crate::replicas::{World, when};
 use crate::support::join;
 
 /// As the init containers of three pods, with the key file that Kubernetes mounts: readable for a group of the process.

@@ -9,7 +9,7 @@ use hanse_proto::federation::v1 as wire;
 use super::{fails, path, policies, succeeds, text};
 use crate::etcd_nodes as nodes;
 use crate::process::{Process, administrator, free_ports, hub, initialise, start};
-use crate::replicas::registration::publish;
+use crate::replicas_registration::publish;
 use crate::support::{Admin, SOON, apply, join, policy};
 
 fn spawn(arguments: &[&str], ports: &[String; 2], log: &Path) -> Process {
