@@ -1,11 +1,88 @@
-//! What is checked before an object is stored, and what the audit log says of it.
+//! What is checked before an object is stored, and what the audit log says of it: with kubectl, and with Helm.
+
+use std::fs;
 
 use hanse_e2e::kubernetes::run;
 use serde_json::json;
 
-use super::{World, deny, policy, tier};
+use super::{World, deny, policy, text, tier};
+
+const POLICY_TEMPLATE: &str = "apiVersion: hanse.dev/v1alpha1
+kind: FederatedNetworkPolicy
+metadata: {name: '{{ .Release.Name }}'}
+spec: {tier: '{{ .Values.tier }}', order: {{ .Values.order }}, selector: all(), types: [Ingress], ingress: []}
+";
+
+/// Users of Helm store their releases in a namespace.
+const RELEASES: &str = "apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: releases, namespace: default}
+rules: [{apiGroups: [''], resources: [secrets], verbs: ['*']}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: releases, namespace: default}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: releases}
+subjects: [{kind: User, name: ada}, {kind: User, name: mallory}]
+";
 
 const FORBIDDEN: &str = "needs the verb \"use\" on tiers.hanse.dev/";
+
+impl World {
+    /// Helm as a user; the chart has one FederatedNetworkPolicy with the name of the release.
+    fn helm(&self, user: &str, verb: &str, release: &str, values: &[&str]) -> (bool, String) {
+        let chart = self.folder.path().join("policies");
+        if !chart.exists() {
+            fs::create_dir_all(chart.join("templates")).expect("a folder");
+            fs::write(chart.join("Chart.yaml"), "apiVersion: v2\nname: policies\nversion: 0.1.0\n").expect("written");
+            fs::write(chart.join("templates/policy.yaml"), POLICY_TEMPLATE).expect("written");
+        }
+        let mut command = self.server.helm().expect("Helm");
+        command.env("KUBECONFIG", self.kubeconfig_of(user)).args([verb, release, "--namespace", "default"]);
+        if verb != "uninstall" {
+            command.arg(&chart);
+        }
+        values.iter().for_each(|value| _ = command.args(["--set", value]));
+        text(&command.output().expect("it runs"))
+    }
+
+    fn helm_refused(&self, verb: &str, release: &str, values: &[&str]) {
+        let (success, text) = self.helm("mallory", verb, release, values);
+        assert!(!success && text.contains(&format!("{FORBIDDEN}platform")), "{verb} {release} {values:?}: {text}");
+    }
+}
+
+/// A user without `use` on a tier cannot write into it with Helm either.
+fn helm_is_refused_alike(world: &World) {
+    world.apply("", RELEASES);
+    let done = |user: &str, verb: &str, release: &str, values: &[&str]| {
+        let (success, text) = world.helm(user, verb, release, values);
+        assert!(success, "{user} {verb} {release}: {text}\n{}", world.hub_log());
+    };
+    world.helm_refused("install", "stolen", &["tier=platform", "order=1"]);
+    assert!(!world.kubectl("", &["get", "fnp/stolen"]).0, "nothing is stored");
+    done("ada", "install", "shop", &["tier=platform", "order=1"]);
+    done("mallory", "install", "mine", &["tier=other", "order=1"]);
+    // Neither into the tier, nor out of it, nor in it.
+    world.helm_refused("upgrade", "mine", &["tier=platform", "order=1"]);
+    world.helm_refused("upgrade", "shop", &["tier=other", "order=1"]);
+    world.helm_refused("upgrade", "shop", &["tier=platform", "order=2"]);
+    // Helm does not print why a deletion fails.
+    assert!(!world.helm("mallory", "uninstall", "shop", &[]).0);
+    let audit = world.server.audit().expect("the audit log");
+    let is_refusal = |it: &&serde_json::Value| {
+        let message = it["responseStatus"]["message"].as_str().unwrap_or_default();
+        it["user"]["username"] == "mallory"
+            && it["verb"] == "delete"
+            && it["objectRef"]["name"] == "shop"
+            && message.contains(&format!("{FORBIDDEN}platform"))
+    };
+    assert!(audit.iter().any(|it| is_refusal(&it)), "the webhook refuses the deletion");
+    let tier = |name: &str| world.kubectl("", &["get", name, "-o", "jsonpath={.spec.tier} {.spec.order}"]).1;
+    assert_eq!((tier("fnp/shop"), tier("fnp/mine")), ("platform 1".to_owned(), "other 1".to_owned()));
+    done("mallory", "upgrade", "mine", &["tier=other", "order=2"]);
+    assert_eq!(tier("fnp/mine"), "other 2");
+}
 
 #[test]
 fn only_users_of_a_tier_write_its_policies() {
@@ -107,6 +184,7 @@ webhooks:
         let all: Vec<&str> = all.iter().map(String::as_str).filter(|it| !it.is_empty()).collect();
         let done: Vec<&&str> = all.iter().filter(|it| expected.contains(it)).collect();
         assert_eq!(done, expected.iter().collect::<Vec<_>>(), "{records:#?}");
+        helm_is_refused_alike(&world);
         assert_eq!(world.forbidden(), Vec::<String>::new());
     });
 }
