@@ -99,6 +99,13 @@ impl Instances {
         is_let_in
     }
 
+    /// A process takes the place of the present one, which has agreed to it. True: it is served.
+    pub fn succeed(&mut self, newcomer: Instance, now: Instant) -> bool {
+        self.former = self.present.replace((newcomer, now));
+        self.conflict = None;
+        true
+    }
+
     /// Another place has served this process: it is the first one, if none has used the key here.
     pub fn expect(&mut self, number: &[u8], now: Instant) {
         if self.present.is_none() {

@@ -8,11 +8,13 @@ use crate::model::{Position, Refusal};
 /// From a member to the hub, on a publishing stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PublishRequest {
-    /// The first message. `instance` identifies the process: 16 random bytes, or none.
+    /// The first message. `instance` identifies the process: 16 random bytes, or none. `yields`: another process may have been elected to
+    /// publish in its place.
     Open {
         protocol: u32,
         epoch: u64,
         instance: Bytes,
+        yields: bool,
     },
     /// A batch follows: [`Self::Frame`]s, then [`Self::End`].
     Begin {

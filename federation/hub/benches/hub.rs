@@ -185,7 +185,7 @@ impl Publishing {
             session: PublishSession::default(),
             id: exchange.publish_open(name(cluster)),
         };
-        let open = encoded(PublishSession::open(&it.publisher, &[0; 16]));
+        let open = encoded(PublishSession::open(&it.publisher, &[0; 16], false));
         it.send(exchange, vec![open]);
         it
     }
@@ -218,7 +218,7 @@ fn record_publishers(clusters: &str, file: &str) {
         // A hub that holds nothing gives the answers that the real one will.
         let mut exchange = Exchange::new();
         exchange.set_federation(federation(1, |_| Selector::all()));
-        let open = encoded(PublishSession::open(&Publisher::new(1), &[0; 16]));
+        let open = encoded(PublishSession::open(&Publisher::new(1), &[0; 16], false));
         let mut publishing = Publishing::open(&mut exchange, 0);
         let requests = [vec![open], publishing.poll(&inventory(cluster))].concat();
         file.write_all(&(requests.len() as u32).to_le_bytes()).expect("room");

@@ -229,7 +229,7 @@ impl Recorder {
     /// Writes what the hub sends: all of the beginning, then each edit.
     fn record(mut self, shape: &str) {
         let origin = self.exchange.publish_open("origin".into());
-        let open = PublishSession::open(&self.publisher, &[0; 16]);
+        let open = PublishSession::open(&self.publisher, &[0; 16], false);
         self.exchange.publish(origin, open).expect("the protocol");
         self.publisher.publish_all(&self.inventory);
         self.send(origin);

@@ -9,8 +9,8 @@ use crate::message::{PublishRequest, PublishResponse, Refusals};
 
 pub fn encode_request(request: PublishRequest) -> pb::PublishRequest {
     let message = match request {
-        PublishRequest::Open { protocol, epoch, instance } => {
-            Request::Open(pb::PublishOpen { protocol, epoch, instance })
+        PublishRequest::Open { protocol, epoch, instance, yields } => {
+            Request::Open(pb::PublishOpen { protocol, epoch, instance, yields })
         }
         PublishRequest::Begin { snapshot } => {
             Request::Begin(pb::Begin { origin: String::new(), kind: Some(super::kind(snapshot)), needs_interest: 0 })
@@ -33,7 +33,8 @@ pub fn encode_request(request: PublishRequest) -> pb::PublishRequest {
 pub fn decode_request(request: pb::PublishRequest) -> Result<PublishRequest, DecodeError> {
     Ok(match request.message.ok_or_else(|| DecodeError::Malformed("an empty message".to_owned()))? {
         Request::Open(open) => {
-            PublishRequest::Open { protocol: open.protocol, epoch: open.epoch, instance: open.instance }
+            let pb::PublishOpen { protocol, epoch, instance, yields } = open;
+            PublishRequest::Open { protocol, epoch, instance, yields }
         }
         Request::Begin(begin) => PublishRequest::Begin { snapshot: super::is_snapshot(begin.kind.as_ref()) },
         Request::Frame(bytes) => PublishRequest::Frame(bytes),

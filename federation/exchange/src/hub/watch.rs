@@ -588,7 +588,7 @@ mod tests {
             let end = PublishRequest::End { position: Position { epoch: 1, revision }, digest: None };
             exchange.publish(of_b, end).expect("the protocol");
         };
-        let open = PublishRequest::Open { protocol: PROTOCOL, epoch: 1, instance: Default::default() };
+        let open = PublishRequest::Open { protocol: PROTOCOL, epoch: 1, instance: Default::default(), yields: false };
         exchange.publish(of_b, open).expect("the protocol");
         let open = WatchOpen { protocol: PROTOCOL, ..WatchOpen::default() };
         let id = exchange.watch_open("a".into(), open).expect("opened");

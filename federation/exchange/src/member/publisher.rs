@@ -441,9 +441,9 @@ pub struct PublishSession {
 }
 
 impl PublishSession {
-    /// The first message of the stream; `instance` identifies this process.
-    pub fn open(publisher: &Publisher, instance: &[u8; 16]) -> PublishRequest {
-        PublishRequest::Open { protocol: PROTOCOL, epoch: publisher.epoch, instance: instance.to_vec().into() }
+    /// The first message of the stream; `instance` identifies this process. `yields`: another process may publish in its place.
+    pub fn open(publisher: &Publisher, instance: &[u8; 16], yields: bool) -> PublishRequest {
+        PublishRequest::Open { protocol: PROTOCOL, epoch: publisher.epoch, instance: instance.to_vec().into(), yields }
     }
 
     /// What the hub refuses of the cluster's objects.

@@ -1,4 +1,5 @@
-//! Which process publishes for a cluster: the first one, if a copy of its member's folder runs as well.
+//! Which process publishes for a cluster: the first one, if a copy of its member's folder runs as well. Of several members of a cluster, the
+//! elected one: a process that may have been replaced says so when it opens a stream, and yields to any other.
 //!
 //! Each replica of the hub decides by what it has seen. A replica that has just started has seen nothing: the store names the
 //! process that the others serve, so that all of them serve the same one.
@@ -26,6 +27,8 @@ struct Process {
     instances: Instances,
     /// The token of the process that is served, while one of its streams is open.
     present: Weak<CancellationToken>,
+    /// Another process may be elected in its place.
+    yields: bool,
 }
 
 /// A stream of the process that is served. The process is served as long as one of these exists.
@@ -45,7 +48,8 @@ impl ServedProcess {
 }
 
 impl Processes {
-    /// A process opens a stream to publish. `recorded`: the number of the process that the store names.
+    /// A process opens a stream to publish. `yields`: another one may be elected in its place. `recorded`: the number of the process that
+    /// the store names.
     ///
     /// # Errors
     /// `ABORTED`: another process with the same key is served.
@@ -53,6 +57,7 @@ impl Processes {
         &self,
         cluster: &ClusterName,
         instance: Instance,
+        yields: bool,
         recorded: Option<&[u8]>,
     ) -> Result<ServedProcess, Status> {
         let now = Instant::now();
@@ -63,7 +68,13 @@ impl Processes {
         }
         let present = process.present.upgrade();
         let stays = process.instances.is_present(&instance);
-        let is_admitted = process.instances.take(instance, present.is_some(), now);
+        if present.is_some() && !stays && yields {
+            return Err(Status::aborted(format!("another member of cluster {cluster} was elected to publish")));
+        }
+        let is_admitted = match present.is_some() && !stays && process.yields {
+            true => process.instances.succeed(instance, now),
+            false => process.instances.take(instance, present.is_some(), now),
+        };
         if let Some((served, refused)) = process.instances.to_warn(now) {
             tracing::warn!(
                 %cluster, %served, %refused,
@@ -77,6 +88,7 @@ impl Processes {
                  cluster and let it join with a new token and a new --data"
             )));
         }
+        process.yields = yields;
         if let Some(present) = present {
             if stays {
                 return Ok(ServedProcess(present));
@@ -128,11 +140,13 @@ mod tests {
     async fn a_replica_that_starts_prefers_the_recorded_process() {
         let (processes, cluster) = (Processes::default(), ClusterName::from("train"));
         let recorded: Option<&[u8]> = Some(&[1; 16]);
-        let copy = processes.admit(&cluster, instance(2), recorded).expect("the first may have ended");
+        let copy = processes.admit(&cluster, instance(2), false, recorded).expect("the first may have ended");
         assert_eq!(processes.to_record(&cluster, recorded), None, "it may return");
-        let first = processes.admit(&cluster, instance(1), recorded).expect("it is the first");
+        let first = processes.admit(&cluster, instance(1), false, recorded).expect("it is the first");
         assert!(copy.is_replaced() && !first.is_replaced());
-        assert!(processes.admit(&cluster, instance(2), recorded).is_err() && processes.conflict(&cluster).is_some());
+        assert!(
+            processes.admit(&cluster, instance(2), false, recorded).is_err() && processes.conflict(&cluster).is_some()
+        );
         assert_eq!(processes.to_record(&cluster, recorded), None);
     }
 
@@ -140,16 +154,36 @@ mod tests {
     async fn a_process_is_recorded_at_once_and_its_successor_when_it_has_not_returned() {
         let (processes, cluster) = (Processes::default(), ClusterName::from("train"));
         assert_eq!(processes.to_record(&cluster, None), None);
-        let one = processes.admit(&cluster, instance(1), None).expect("the first");
+        let one = processes.admit(&cluster, instance(1), false, None).expect("the first");
         assert_eq!(processes.to_record(&cluster, None), Some(vec![1; 16]));
         drop(one);
         let recorded: Option<&[u8]> = Some(&[1; 16]);
         assert_eq!(processes.to_record(&cluster, recorded), None);
-        let _two = processes.admit(&cluster, instance(2), recorded).expect("the member was started again");
+        let _two = processes.admit(&cluster, instance(2), false, recorded).expect("the member was started again");
         assert_eq!(processes.to_record(&cluster, recorded), None);
         tokio::time::advance(RETURNS_WITHIN + Duration::from_secs(1)).await;
         assert_eq!(processes.to_record(&cluster, recorded), Some(vec![2; 16]));
         // A process that was never here: another replica serves it.
         assert_eq!(processes.to_record(&cluster, Some(&[9; 16])), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_that_may_be_replaced_yields_to_another_one() {
+        let (processes, cluster) = (Processes::default(), ClusterName::from("train"));
+        let former = processes.admit(&cluster, instance(1), false, None).expect("the first");
+        let elected = processes.admit(&cluster, instance(2), false, None).expect("it has the Lease");
+        assert!(former.is_replaced());
+        // It was cut off, and does not know that another one was elected.
+        let refused = processes.admit(&cluster, instance(1), true, None).expect_err("another one is served");
+        assert!(refused.code() == tonic::Code::Aborted && refused.message().contains("elected"), "{refused}");
+        assert!(!elected.is_replaced() && processes.conflict(&cluster).is_none(), "it is not a copy");
+        // While no other process is served, it goes on, and its connections may change.
+        drop((former, elected));
+        let former = processes.admit(&cluster, instance(1), true, None).expect("no other one is there");
+        let again = processes.admit(&cluster, instance(1), true, None).expect("it is the same one");
+        let elected = processes.admit(&cluster, instance(2), false, None).expect("it has the Lease");
+        assert!(former.is_replaced() && again.is_replaced() && !elected.is_replaced());
+        assert!(processes.conflict(&cluster).is_none());
+        assert!(processes.admit(&cluster, instance(1), true, None).is_err());
     }
 }

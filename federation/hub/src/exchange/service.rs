@@ -364,10 +364,10 @@ impl Service {
             }
             let request =
                 codec::publish::decode_request(request).map_err(|error| Status::invalid_argument(error.to_string()))?;
-            if let PublishRequest::Open { instance, .. } = &request {
+            if let PublishRequest::Open { instance, yields, .. } = &request {
                 let recorded = self.recorded_instance(cluster);
                 let instance = Instance::new(instance, from);
-                served = Some(self.shared.processes.admit(cluster, instance, recorded.as_deref())?);
+                served = Some(self.shared.processes.admit(cluster, instance, *yields, recorded.as_deref())?);
                 let replica = self.replica_now(&mut position);
                 outbox.send(Ok(replica)).await.map_err(|_| Status::cancelled("the member is gone"))?;
             }

@@ -32,7 +32,7 @@ impl Publishing {
         let connection = member.hub_client().unwrap().connect(&hub.hub.address.to_string()).await.unwrap();
         let (outbox, sending) = mpsc::channel(4);
         let instance = vec![instance; 16].into();
-        let open = Message::Open(wire::PublishOpen { protocol: 1, epoch: 1, instance });
+        let open = Message::Open(wire::PublishOpen { protocol: 1, epoch: 1, instance, yields: false });
         outbox.send(wire::PublishRequest { message: Some(open) }).await.unwrap();
         let answers = ExchangeClient::new(connection.channel).publish(ReceiverStream::new(sending)).await;
         let mut answers = answers.unwrap().into_inner();

@@ -127,7 +127,7 @@ impl Fleet<'_> {
             return false;
         }
         let Some(stream) = it.publishing.as_mut() else {
-            let open = PublishSession::open(&it.publisher, &[0; 16]);
+            let open = PublishSession::open(&it.publisher, &[0; 16], false);
             let id = self.exchange.publish_open(it.name.clone());
             let (session, outbox) = (PublishSession::default(), VecDeque::from([open]));
             it.publishing = Some(Publishing { id, session, outbox, applying: false });

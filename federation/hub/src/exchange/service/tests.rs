@@ -32,7 +32,7 @@ async fn service() -> Service {
 async fn reported(service: &Service, report: pb::Realisation) -> PublishId {
     let open = |exchange: &mut Exchange| {
         let id = exchange.publish_open("train".into());
-        let open = PublishRequest::Open { protocol: 1, epoch: 1, instance: Default::default() };
+        let open = PublishRequest::Open { protocol: 1, epoch: 1, instance: Default::default(), yields: false };
         exchange.publish(id, open).expect("the protocol");
         id
     };
@@ -292,7 +292,7 @@ async fn publishing_streams_of_a_cluster_wait_for_the_time_that_it_used() {
         let cluster = ClusterName::from(name);
         let permit = StreamPermit::acquire(&service.shared.publishing, &cluster).expect("room");
         let (outbox, mut received) = mpsc::channel(OUTBOX);
-        let open = PublishRequest::Open { protocol: 1, epoch: 1, instance: Default::default() };
+        let open = PublishRequest::Open { protocol: 1, epoch: 1, instance: Default::default(), yields: false };
         let requests = tokio_stream::iter([Ok(codec::publish::encode_request(open))]);
         let requests = Box::pin(requests.chain(tokio_stream::pending()));
         let from = SocketAddr::from(([127, 0, 0, 1], 1));

@@ -182,7 +182,7 @@ async fn publish_as(member: &MemberIdentity, address: &str, instance: u8) -> tok
     let (outbox, sending) = tokio::sync::mpsc::channel(8);
     let mut client = ExchangeClient::new(connection.channel);
     let answers = client.publish(ReceiverStream::new(sending));
-    let open = wire::PublishOpen { protocol: 1, epoch: 1, instance: vec![instance; 16].into() };
+    let open = wire::PublishOpen { protocol: 1, epoch: 1, instance: vec![instance; 16].into(), yields: false };
     let snapshot = Some(wire::begin::Kind::Snapshot(wire::Snapshot {}));
     let begin = wire::Begin { origin: String::new(), kind: snapshot, needs_interest: 0 };
     let position = Some(wire::Position { epoch: 1, revision: 1 });

@@ -125,7 +125,9 @@ impl Client {
         let connection = identity.connect(hub).await?;
         let mut client = ExchangeClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let (outbox, sending) = mpsc::channel(OUTBOX);
-        let open = PublishSession::open(&lock(&self.shared.publisher), &self.shared.instance);
+        // Another process may lead by now, and the hub knows it.
+        let yields = self.shared.leadership.as_ref().is_some_and(|it| !it.is_certain());
+        let open = PublishSession::open(&lock(&self.shared.publisher), &self.shared.instance, yields);
         outbox.send(codec::publish::encode_request(open)).await?;
         let answers = client.publish(ReceiverStream::new(sending)).await;
         let mut answers = answers.map_err(|status| not_opened(&connection.peer, &status))?.into_inner();
