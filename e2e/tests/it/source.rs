@@ -16,6 +16,8 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::Api;
 use serde_json::Value;
 
+mod leaders;
+
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a member knows of its cluster.
@@ -55,16 +57,22 @@ struct Member {
 
 impl Member {
     fn start(kubeconfig: &Path, data: &Path) -> Self {
+        let access = Access { kubeconfig: Some(kubeconfig.to_owned()), context: None };
+        let data = data.to_owned();
+        Self::start_with(move || {
+            let source = Kubernetes::new(access, &data).expect("a source");
+            LastGood::new(source, &data, Writes::new(&Health::default()))
+        })
+    }
+
+    fn start_with(open: impl FnOnce() -> LastGood<Kubernetes> + Send + 'static) -> Self {
         install_provider();
         let (sender, views) = mpsc::channel();
         let (stop, stopped) = mpsc::channel::<()>();
-        let access = Access { kubeconfig: Some(kubeconfig.to_owned()), context: None };
-        let data = data.to_owned();
         let paused = Arc::new(AtomicBool::new(false));
         let is_paused = Arc::clone(&paused);
         let thread = std::thread::spawn(move || {
-            let source = Kubernetes::new(access, &data).expect("a source");
-            let mut source = LastGood::new(source, &data, Writes::new(&Health::default()));
+            let mut source = open();
             let mut assembly = Assembly::new("c".into());
             let mut problems = source::Problems::default();
             while !matches!(stopped.try_recv(), Ok(()) | Err(mpsc::TryRecvError::Disconnected)) {

@@ -40,7 +40,7 @@ use crate::questions::{Answering, StateRequest};
 use crate::registration::MemberIdentity;
 use crate::report;
 use crate::resolver::Resolver;
-use crate::source::{self, Changes, LastGood, Location, Texts};
+use crate::source::{self, Changes, Earlier, LastGood, Location};
 use crate::state::moving::take_from_data;
 use crate::state::{SecretName, State};
 use crate::world::World;
@@ -334,23 +334,27 @@ fn start_source(
 ) -> anyhow::Result<mpsc::Receiver<Changes>> {
     let (sender, receiver) = mpsc::channel::<Changes>(1);
     let (location, state, writes) = (options.source.clone(), state.clone(), writes.clone());
-    let kept = match has_own_caches {
-        true => Texts::default(),
-        false => source::kept_texts(&state).context("read the objects that are kept")?,
+    let earlier = match has_own_caches {
+        true => Earlier::default(),
+        false => source::earlier(&state).context("read the objects that are kept")?,
     };
+    // A thread that starts again has the caches of the one before.
+    let mut is_read = false;
     let read = move || {
-        let source = match location.open(&state, kept.omitted) {
+        let earlier = if is_read { Earlier::default() } else { earlier.clone() };
+        let source = match location.open(&state, earlier.missing) {
             Ok(source) => source,
             Err(error) => panic!("the source cannot be opened: {error}"),
         };
-        let texts = kept.texts.iter().map(|(origin, text)| (Path::new(origin).into(), text.clone().into_bytes()));
+        let texts = earlier.texts.into_iter().map(|(origin, text)| (Path::new(&origin).into(), text.into_bytes()));
         let mut source = LastGood::new(source, state.data(), writes.clone()).with_texts(texts);
         while !sender.is_closed() {
             let began = Instant::now();
-            if let Some(changes) = source.poll()
-                && sender.blocking_send(changes).is_err()
-            {
-                return;
+            if let Some(changes) = source.poll() {
+                is_read = true;
+                if sender.blocking_send(changes).is_err() {
+                    return;
+                }
             }
             std::thread::sleep(source.pause(began.elapsed()));
         }

@@ -30,7 +30,7 @@ use super::{Event, Objects, Source};
 use crate::state::State as Files;
 use hanse_kubernetes::Access;
 
-pub use self::forgetting::{Texts, forget, kept_objects, kept_texts};
+pub use self::forgetting::{Earlier, Missing, earlier, forget, kept_objects};
 
 /// A poll without changes takes this long.
 const WAIT: Duration = Duration::from_millis(100);
@@ -50,8 +50,10 @@ pub struct Kubernetes {
     reports: mpsc::Receiver<Report>,
     collections: BTreeMap<String, Status>,
     requests: Requests,
-    /// The number of kept objects of an earlier process that neither its state nor its caches contain: what it enforced is not known.
-    missing: usize,
+    /// Objects of an earlier process that neither its state nor its caches contain: what it enforced is not known.
+    missing: Missing,
+    /// That objects are missing is logged.
+    is_missing_logged: bool,
     /// All collections were read, or their last good state was restored.
     is_synced: bool,
     /// When changes were received last.
@@ -92,20 +94,44 @@ impl Kubernetes {
         let status = |collection: &Collection| (collection.name(), Status::new(*collection));
         let collections = COLLECTIONS.iter().chain([&DEFINITIONS]).map(status).collect();
         let requests = Requests::new(state.into());
-        Ok(Self { runtime, reports, collections, requests, missing: 0, is_synced: false, received_at: None })
+        let missing = Missing::default();
+        let (is_missing_logged, is_synced, received_at) = (false, false, None);
+        Ok(Self { runtime, reports, collections, requests, missing, is_missing_logged, is_synced, received_at })
     }
 
-    /// With a number of kept objects of an earlier process that are missing: nothing is reported before they are forgotten.
+    /// With objects of an earlier process that are missing: nothing is reported before they are read, or forgotten.
     #[must_use]
-    pub fn with_missing(self, missing: usize) -> Self {
-        if missing > 0 {
-            tracing::error!(
-                missing,
-                "objects whose CustomResourceDefinition was deleted were kept in force by another process, and are too many to be stored: \
-                 nodes keep their rules; run `hanse-member forget --all`, or create the definition and the objects again"
-            );
-        }
+    pub fn with_missing(self, mut missing: Missing) -> Self {
+        // Another version may have read other kinds.
+        let is_read =
+            |definition: &Path| COLLECTIONS.iter().any(|it| it.is_custom && definition.starts_with(it.origin()));
+        missing.definitions.retain(|definition| is_read(definition));
         Self { missing, ..self }
+    }
+
+    fn log_missing(&mut self) {
+        let is_gone = |(name, status): (&String, &Status)| {
+            let exists = |uid: &str| self.missing.definitions.contains(&Path::new(name).join(uid));
+            let is_missing = self.missing.definitions.iter().any(|it| it.starts_with(name));
+            let is_other = match &status.definition {
+                Some(Definition::Present { uid }) => !exists(uid),
+                other => other.is_some(),
+            };
+            (is_missing && is_other).then(|| name.clone())
+        };
+        if self.is_missing_logged || self.missing.is_empty() {
+            return;
+        }
+        let gone: Vec<String> = self.collections.iter().filter_map(is_gone).collect();
+        if self.missing.kept > 0 || !gone.is_empty() {
+            tracing::error!(
+                kept = self.missing.kept,
+                definitions = gone.join(", "),
+                "objects whose CustomResourceDefinition was deleted were in force, and are not stored: nodes keep their rules; create the \
+                 definition and the objects that are needed again, and run `hanse-member forget --all`"
+            );
+            self.is_missing_logged = true;
+        }
     }
 
     /// The reports of the next moment; empty if there are none.
@@ -136,6 +162,9 @@ impl Kubernetes {
         match state {
             State::Listed => {
                 status.is_listed = true;
+                if let Some(Definition::Present { uid }) = &status.definition {
+                    self.missing.definitions.remove(&of.origin().join(uid));
+                }
                 events.push(Event::Keep(of.origin(), Vec::new()));
             }
             State::Alive => {
@@ -172,7 +201,7 @@ impl Kubernetes {
 
     /// Whether the state of all collections is known, or was known to an earlier process.
     fn is_complete(&self, objects: &Objects) -> bool {
-        if self.missing > 0 {
+        if !self.missing.is_empty() {
             return false;
         }
         let was_listed = |status: &Status| status.failing.is_some() && objects.has_origin(&status.collection.origin());
@@ -211,7 +240,7 @@ impl Kubernetes {
     fn forget(&mut self, events: &mut Vec<Event>) {
         let Some(request) = self.requests.take() else { return };
         if request.is_of_all() {
-            self.missing = 0;
+            self.missing = Missing::default();
         }
         for status in self.collections.values_mut() {
             let mut is_changed = false;
@@ -232,8 +261,28 @@ impl Kubernetes {
         // Until everything was read, the list of an earlier process is the better one.
         if self.is_synced {
             let kept = self.collections.values().flat_map(|status| status.kept.values().flatten());
-            self.requests.write_kept(kept.cloned().collect(), name_of, |origin| objects.text(origin));
+            let kept = kept.cloned().collect();
+            // The objects of a definition that was deleted are stored before it is no longer recorded.
+            if self.requests.write_kept(kept, name_of, |origin| objects.text(origin))
+                && let Some(definitions) = self.definitions_in_force(objects)
+            {
+                self.requests.write_definitions(definitions);
+            }
         }
+    }
+
+    /// The definitions of the objects in force; `None` while a definition is not known.
+    fn definitions_in_force(&self, objects: &Objects) -> Option<BTreeSet<PathBuf>> {
+        let mut definitions = BTreeSet::new();
+        for status in self.collections.values().filter(|it| it.collection.is_custom) {
+            if let Definition::Present { uid } = status.definition.as_ref()? {
+                let definition = status.collection.origin().join(uid);
+                if objects.has_origin_within(&definition) {
+                    definitions.insert(definition);
+                }
+            }
+        }
+        Some(definitions)
     }
 }
 
@@ -342,6 +391,7 @@ impl Source for Kubernetes {
             }
         }
         self.report_failures(objects, &mut events);
+        self.log_missing();
         if !self.is_synced && self.is_complete(objects) {
             self.is_synced = true;
             events.push(Event::Synced(Path::new("").into()));

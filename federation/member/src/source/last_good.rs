@@ -175,6 +175,13 @@ impl Objects {
         self.origins.contains_key(origin) || self.unloaded.contains(origin)
     }
 
+    /// Whether an origin at or below a scope was read, by this process or an earlier one, and exists.
+    pub fn has_origin_within(&self, scope: &Path) -> bool {
+        let origin = self.origins.range::<Path, _>(from(scope)).next().map(|(origin, _)| origin);
+        let unloaded = self.unloaded.range::<Path, _>(from(scope)).next();
+        [origin, unloaded].into_iter().flatten().any(|origin| origin.starts_with(scope))
+    }
+
     /// The origins at and below a scope that were read, by this process or an earlier one, and exist.
     pub fn origins_within(&self, scope: &Path) -> BTreeSet<Arc<Path>> {
         within_keys(&self.origins, scope).into_iter().chain(within(&self.unloaded, scope)).collect()

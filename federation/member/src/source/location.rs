@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Directory, Kubernetes, Source};
+use super::{Directory, Kubernetes, Missing, Source};
 use crate::state::State;
 use hanse_kubernetes::Access;
 
@@ -20,7 +20,7 @@ impl Location {
     ///
     /// # Errors
     /// When the system refuses what the source needs.
-    pub fn open(&self, state: &State, missing: usize) -> std::io::Result<Box<dyn Source>> {
+    pub fn open(&self, state: &State, missing: Missing) -> std::io::Result<Box<dyn Source>> {
         Ok(match self {
             Self::Directory(path) => Box::new(Directory::new(path)),
             Self::Kubernetes(access) => Box::new(Kubernetes::new(access.clone(), state)?.with_missing(missing)),

@@ -1,10 +1,12 @@
 //! Kept objects are listed in one file of the state, and forgotten by a request in another one.
 //!
 //! A state in Secrets also contains their texts: another process may lead next, which has never read them, and cannot read them any more.
+//! It also contains the definitions under which objects are in force. If a definition is deleted while no process leads, and the next leader
+//! has empty caches, this is the only trace of its objects: they are missing, and not deleted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +18,8 @@ use crate::state::State;
 const KEPT: &str = "source/kept.json";
 /// Their texts.
 const TEXTS: &str = "source/texts.json";
+/// The definitions of the objects in force.
+const DEFINITIONS: &str = "source/definitions.json";
 const REQUEST: &str = "source/forget.json";
 /// The longest time until a running member takes a request.
 const TAKEN_WITHIN: Duration = Duration::from_secs(10);
@@ -39,10 +43,33 @@ struct Names {
 
 /// The texts of kept objects, by origin.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Texts {
-    pub texts: BTreeMap<String, String>,
+struct Texts {
+    texts: BTreeMap<String, String>,
     /// The number of further ones, for which there was no room.
-    pub omitted: usize,
+    omitted: usize,
+}
+
+/// What an earlier process had in force, of kinds that may have been deleted.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Earlier {
+    /// The texts of objects, by origin.
+    pub texts: BTreeMap<String, String>,
+    pub missing: Missing,
+}
+
+/// What an earlier process had in force, and the state does not contain.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// The number of kept objects for which there was no room.
+    pub kept: usize,
+    /// The definitions of other objects, each as `COLLECTION/UID`. The objects of those that exist can be read.
+    pub definitions: BTreeSet<PathBuf>,
+}
+
+impl Missing {
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// The name of an object that is kept in force although its kind was deleted.
@@ -79,12 +106,16 @@ pub fn forget(state: impl Into<State>, objects: Vec<KeptObject>, all: bool) -> i
     Ok(())
 }
 
-/// The kept objects of an earlier process, from a state in Secrets.
+/// What an earlier process had in force, from a state in Secrets.
 ///
 /// # Errors
-/// When the file cannot be read.
-pub fn kept_texts(state: &State) -> io::Result<Texts> {
-    Ok(read(state, TEXTS)?.unwrap_or_default())
+/// When a file cannot be read.
+pub fn earlier(state: &State) -> io::Result<Earlier> {
+    let Texts { texts, omitted } = read(state, TEXTS)?.unwrap_or_default();
+    let mut definitions: BTreeSet<PathBuf> = read(state, DEFINITIONS)?.unwrap_or_default();
+    // All objects of a definition are kept, or none.
+    definitions.retain(|definition| !texts.keys().any(|origin| Path::new(origin).starts_with(definition)));
+    Ok(Earlier { texts, missing: Missing { kept: omitted, definitions } })
 }
 
 /// Objects to forget.
@@ -107,13 +138,15 @@ pub(super) struct Requests {
     state: State,
     /// The origins whose list was written.
     written: Option<Vec<Arc<Path>>>,
+    /// The definitions that the state contains; `None`: not read yet.
+    definitions: Option<BTreeSet<PathBuf>>,
     /// When the next attempt to write is due.
     write_at: Instant,
 }
 
 impl Requests {
     pub fn new(state: State) -> Self {
-        Self { state, written: None, write_at: Instant::now() }
+        Self { state, written: None, definitions: None, write_at: Instant::now() }
     }
 
     /// A request that was written since the last call.
@@ -133,14 +166,18 @@ impl Requests {
     }
 
     /// Lists the kept objects for `hanse-member forget`, and stores their texts in Secrets. `name_of`: of an origin; `text_of`: likewise.
+    /// Returns whether the list is current.
     pub fn write_kept(
         &mut self,
         kept: Vec<Arc<Path>>,
         name_of: impl Fn(&Path) -> KeptObject,
         text_of: impl Fn(&Path) -> Option<Vec<u8>>,
-    ) {
-        if self.written.as_ref() == Some(&kept) || Instant::now() < self.write_at {
-            return;
+    ) -> bool {
+        if self.written.as_ref() == Some(&kept) {
+            return true;
+        }
+        if Instant::now() < self.write_at {
+            return false;
         }
         let mut bytes = 0;
         let mut fits = |length: usize, limit: usize| {
@@ -169,8 +206,29 @@ impl Requests {
             Err(error) => {
                 tracing::warn!(%error, "the list of kept objects cannot be written");
                 self.write_at = Instant::now() + WRITE_AGAIN_AFTER;
+                return false;
             }
         }
+        true
+    }
+
+    /// Records the definitions of the objects in force in Secrets: with caches of its own, a process knows these objects.
+    pub fn write_definitions(&mut self, now: BTreeSet<PathBuf>) {
+        if !self.state.is_in_secrets() || self.definitions.as_ref() == Some(&now) || Instant::now() < self.write_at {
+            return;
+        }
+        let written = || -> io::Result<()> {
+            if read::<BTreeSet<PathBuf>>(&self.state, DEFINITIONS)?.unwrap_or_default() == now {
+                return Ok(());
+            }
+            self.state.write(DEFINITIONS, &serde_json::to_vec(&now)?)
+        };
+        match written() {
+            Ok(()) => self.definitions = Some(now),
+            Err(error) => tracing::warn!(%error, "the definitions of the objects in force cannot be written"),
+        }
+        // A kind whose only object comes and goes is not written each time.
+        self.write_at = Instant::now() + WRITE_AGAIN_AFTER;
     }
 
     fn write(&self, names: &Names, texts: &Texts) -> io::Result<()> {
