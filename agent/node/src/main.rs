@@ -59,6 +59,7 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
+#[command(mut_arg("metrics-audience", |argument| argument.hide(true)))]
 struct RunArgs {
     /// Directory of the agent's files; created if missing.
     #[arg(long, value_name = "DIRECTORY", help_heading = "Files")]
@@ -257,6 +258,10 @@ fn print_status(args: &StatusArgs) -> anyhow::Result<()> {
 
 #[tokio::main(flavor = "current_thread")]
 async fn run(args: RunArgs) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        args.metrics.audience.is_none(),
+        "--metrics-audience is an option of the member, which requests the reviews of its agents"
+    );
     tls::install_provider();
     files::private_folder(&args.data).with_context(|| format!("make {}", args.data.display()))?;
     let _lock = status::lock(&args.data)?;

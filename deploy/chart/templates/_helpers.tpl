@@ -139,12 +139,24 @@ file:/data/hub/{{ .Values.hub.persistence.file }}
 - --metrics-certificate=/var/run/hanse-metrics/tls.crt
 - --metrics-key=/var/run/hanse-metrics/tls.key
 - --metrics-token-review
+{{- if and .root.Values.metrics.audience (ne .component "agent") }}
+- --metrics-audience={{ .root.Values.metrics.audience }}
+{{- end }}
 {{- end }}
 {{- end -}}
 
-{{/* The name that the certificate of metrics is for. Each pod presents the same certificate. */}}
+{{/* The name that the certificate of metrics is for. The pods of hub and member present the same certificate. */}}
 {{- define "hanse.metricsServerName" -}}
 {{ .Values.metrics.tls.serverName | default (printf "%s-metrics.%s.svc" (include "hanse.fullname" .) .Release.Namespace) }}
+{{- end -}}
+
+{{/* The same for agents: the key is on every node, and must not be good for hub and member. */}}
+{{- define "hanse.metricsAgentServerName" -}}
+{{ .Values.metrics.tls.agents.serverName | default (printf "%s-metrics-agents.%s.svc" (include "hanse.fullname" .) .Release.Namespace) }}
+{{- end -}}
+
+{{- define "hanse.metricsAgentSecret" -}}
+{{ .Values.metrics.tls.agents.secretName | default (printf "%s-agents" .Values.metrics.tls.secretName) }}
 {{- end -}}
 
 {{- define "hanse.metricsMount" -}}
@@ -158,7 +170,7 @@ file:/data/hub/{{ .Values.hub.persistence.file }}
 # A pod starts without it, and serves metrics as soon as it exists.
 - name: metrics-certificate
   secret:
-    secretName: {{ .root.Values.metrics.tls.secretName }}
+    secretName: {{ .secret | default .root.Values.metrics.tls.secretName }}
     items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]
     optional: true
     defaultMode: {{ .mode }}

@@ -135,13 +135,17 @@ pub(crate) fn value_sets() -> BTreeMap<&'static str, Value> {
         ("agent.uplinks", json!(["eth0", "eth1"])),
         ("agent.maxUnavailable", json!(3)),
         ("metrics.enabled", json!(true)),
+        ("metrics.audience", json!("hanse-metrics")),
         (
             "metrics.tls",
             json!({"secretName": "metrics-tls", "issuerRef": {"kind": "ClusterIssuer", "name": "internal"}}),
         ),
         ("metrics.readers", json!([{"kind": "ServiceAccount", "name": "prometheus", "namespace": "monitoring"}])),
         ("metrics.from", json!([{"namespaceSelector": {"matchLabels": {"a": "b"}}}])),
-        ("metrics.serviceMonitor", json!({"enabled": true, "labels": {"release": "prometheus"}})),
+        (
+            "metrics.serviceMonitor",
+            json!({"enabled": true, "labels": {"release": "prometheus"}, "tokenFile": "/var/run/hanse/token"}),
+        ),
         ("metrics.prometheusRule", json!({"enabled": true, "labels": {"release": "prometheus"}})),
         ("metrics.dashboard", json!({"enabled": true, "annotations": {"grafana_folder": "Network"}})),
     ] {
@@ -262,6 +266,16 @@ fn wrong_values_are_refused_by_name() {
         ("agent.uplinks", json!(["an interface of a node"]), "/agent/uplinks/0"),
         ("metrics.enabled", json!(true), "/metrics/tls/secretName"),
         ("metrics.serviceMonitor.enabled", json!(true), "metrics.enabled"),
+        (
+            "metrics",
+            json!({"enabled": true, "tls": {"secretName": "m", "agents": {"secretName": "m"}}}),
+            "metrics.tls.agents.secretName",
+        ),
+        (
+            "metrics",
+            json!({"enabled": true, "audience": "a", "tls": {"secretName": "m"}, "serviceMonitor": {"enabled": true}}),
+            "metrics.serviceMonitor.tokenFile",
+        ),
         ("metrics.dashboard.enabled", json!(true), "metrics.enabled"),
         ("hub.webhook.clientCA.names", json!(["kube-apiserver"]), "hub.webhook.clientCA.secretName"),
         ("hub.enabled", json!(false), "member.hub.addresses"),
@@ -367,7 +381,7 @@ fn pods_have_the_least_privileges() {
             let has = |argument: &str| list(&pod["containers"][0], "args").any(|it| it == argument);
             let calls = is_member || has("--operator") || component == "hub" && has("--metrics-token-review");
             assert_eq!(pod["automountServiceAccountToken"] == json!(false), !calls, "{at}");
-            check_metrics(&at, pod);
+            check_metrics(&at, &component, pod);
             assert_eq!(pod["securityContext"]["seccompProfile"], json!({"type": "RuntimeDefault"}), "{at}");
             for volume in list(pod, "volumes").filter(|it| it["hostPath"].is_object()) {
                 assert!(is_agent && volume["hostPath"]["path"] == "/var/lib/hanse", "{at}: {volume}");
@@ -419,7 +433,7 @@ fn pods_have_the_least_privileges() {
 }
 
 /// Metrics beyond loopback need TLS and reviewed tokens.
-fn check_metrics(at: &str, pod: &Value) {
+fn check_metrics(at: &str, component: &str, pod: &Value) {
     let container = &pod["containers"][0];
     let arguments: Vec<&str> = list(container, "args").filter_map(Value::as_str).collect();
     let Some(listen) = arguments.iter().find_map(|it| it.strip_prefix("--metrics-listen=")) else { return };
@@ -432,7 +446,11 @@ fn check_metrics(at: &str, pod: &Value) {
     let volume = list(pod, "volumes").find(|it| it["name"] == mount["name"]).expect("a volume");
     // A pod does not wait for the certificate.
     let secret = &volume["secret"];
-    assert_eq!((&secret["secretName"], &secret["optional"]), (&json!("metrics-tls"), &json!(true)), "{at}");
+    // The key of agents is on every node.
+    let of = if component == "agent" { "metrics-tls-agents" } else { "metrics-tls" };
+    assert_eq!((&secret["secretName"], &secret["optional"]), (&json!(of), &json!(true)), "{at}");
+    let has_audience = arguments.contains(&"--metrics-audience=hanse-metrics");
+    assert_eq!(has_audience, component != "agent", "{at}: the member requests the reviews of agents");
 }
 
 /// What a Prometheus server is given fits what pods serve.
@@ -443,14 +461,27 @@ fn prometheus_verifies_and_authenticates() {
         let found = objects.iter().find(|it| it["kind"] == kind && it["metadata"]["name"] == name);
         found.unwrap_or_else(|| panic!("{kind} {name}"))
     };
-    let endpoint = &of("ServiceMonitor", "hanse-metrics")["spec"]["endpoints"][0];
-    let certificate = &of("Certificate", "hanse-metrics")["spec"];
-    assert_eq!((&endpoint["scheme"], &endpoint["port"]), (&json!("https"), &json!("metrics")));
-    assert_eq!(endpoint["tlsConfig"]["ca"]["secret"], json!({"name": "metrics-tls", "key": "ca.crt"}));
-    assert!(endpoint["tlsConfig"]["insecureSkipVerify"].is_null());
-    assert_eq!(certificate["dnsNames"], json!([endpoint["tlsConfig"]["serverName"]]));
-    assert_eq!(certificate["secretName"], "metrics-tls");
-    assert!(endpoint["bearerTokenFile"].is_string() && endpoint["authorization"].is_null());
+    let endpoints = &of("ServiceMonitor", "hanse-metrics")["spec"]["endpoints"];
+    let endpoints = endpoints.as_array().expect("a list");
+    let mut names = BTreeSet::new();
+    for (endpoint, certificate, secret, action) in [
+        (&endpoints[0], "hanse-metrics", "metrics-tls", "drop"),
+        (&endpoints[1], "hanse-metrics-agents", "metrics-tls-agents", "keep"),
+    ] {
+        let certificate = &of("Certificate", certificate)["spec"];
+        assert_eq!((&endpoint["scheme"], &endpoint["port"]), (&json!("https"), &json!("metrics")));
+        assert_eq!(endpoint["tlsConfig"]["ca"]["secret"], json!({"name": secret, "key": "ca.crt"}));
+        assert!(endpoint["tlsConfig"]["insecureSkipVerify"].is_null());
+        assert_eq!(certificate["dnsNames"], json!([endpoint["tlsConfig"]["serverName"]]));
+        assert_eq!(certificate["secretName"], secret);
+        names.insert(certificate["dnsNames"][0].as_str().expect("a name"));
+        let relabeling = &endpoint["relabelings"][0];
+        assert_eq!((&relabeling["regex"], &relabeling["action"]), (&json!("agent"), &json!(action)));
+        assert_eq!(relabeling["sourceLabels"], json!(["__meta_kubernetes_pod_label_app_kubernetes_io_component"]));
+        assert_eq!(endpoint["bearerTokenFile"], "/var/run/hanse/token");
+        assert!(endpoint["authorization"].is_null());
+    }
+    assert_eq!((endpoints.len(), names.len()), (2, 2), "agents cannot present themselves as hub or member");
     let with_token = set(
         value_sets()["all options"].clone(),
         "metrics.serviceMonitor",

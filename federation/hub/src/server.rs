@@ -324,7 +324,8 @@ impl Hub {
         if let Some(address) = options.health_listen {
             serve_health(address, &health, shutdown).await?;
         }
-        let reviews = options.api_server.clone().map(|access| Reviews::new(MetricsReview::new(access)));
+        let audience = options.metrics.audience.clone();
+        let reviews = options.api_server.clone().map(|access| Reviews::new(MetricsReview::new(access, audience)));
         let reviews = reviews.ok_or("the hub has no access to one");
         serve_metrics(&options.metrics, &metrics, reviews, shutdown).await?;
 

@@ -20,13 +20,15 @@ use crate::{Access, answered_by};
 #[derive(Debug, Clone)]
 pub struct MetricsReview {
     access: Access,
+    /// `None`: the API server's own.
+    audience: Option<String>,
     warnings: Arc<Mutex<RateLimit<()>>>,
 }
 
 impl MetricsReview {
-    /// Uses the API server's own audience, for which the tokens of service accounts in pods are.
-    pub fn new(access: Access) -> Self {
-        Self { access, warnings: Arc::new(Mutex::new(RateLimit::with_burst(1.0 / 60.0, 1.0))) }
+    /// `audience`: that tokens must be for; by default the API server's own, for which the tokens of service accounts in pods are.
+    pub fn new(access: Access, audience: Option<String>) -> Self {
+        Self { access, audience, warnings: Arc::new(Mutex::new(RateLimit::with_burst(1.0 / 60.0, 1.0))) }
     }
 
     async fn decide(&self, token: &str) -> Result<Verdict, Unreviewed> {
@@ -40,13 +42,16 @@ impl MetricsReview {
 
     /// The user of a token that is valid.
     async fn authenticate(&self, client: Client, token: &str) -> Result<Option<UserInfo>, Unreviewed> {
-        let spec = TokenReviewSpec { token: token.to_owned(), audiences: None };
+        let spec = TokenReviewSpec { token: token.to_owned(), audiences: self.audience.clone().map(|it| vec![it]) };
         let review = TokenReview { spec, ..TokenReview::default() };
         let api: Api<TokenReview> = Api::all(client);
         let answer = answered_by(api.create(&PostParams::default(), &review)).await;
         let answer = answer.map_err(|error| self.failed("tokenreviews.authentication.k8s.io", error))?;
         let status = answer.status.unwrap_or_default();
-        Ok(status.user.filter(|_| status.authenticated == Some(true)))
+        // An API server that does not check audiences returns none.
+        let audiences = status.audiences.unwrap_or_default();
+        let is_for = self.audience.as_ref().is_none_or(|audience| audiences.contains(audience));
+        Ok(status.user.filter(|_| status.authenticated == Some(true) && is_for))
     }
 
     async fn authorize(&self, client: Client, user: UserInfo) -> Result<bool, Unreviewed> {

@@ -317,7 +317,7 @@ async fn reviewer(options: &Options) -> anyhow::Result<Option<Reviewer>> {
 fn metrics_reviews(options: &Options) -> Option<Reviews> {
     match &options.source {
         Location::Kubernetes(access) if options.metrics.token_review => {
-            Some(Reviews::new(MetricsReview::new(access.clone())))
+            Some(Reviews::new(MetricsReview::new(access.clone(), options.metrics.audience.clone())))
         }
         Location::Kubernetes(_) | Location::Directory(_) => None,
     }

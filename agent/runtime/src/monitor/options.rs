@@ -36,6 +36,16 @@ pub struct MetricsOptions {
         conflicts_with = "metrics-token-file"
     )]
     pub token_review: bool,
+    /// Audience that these tokens must be for, so that a token that is read in transit is of no use elsewhere. Default: the audience of the API
+    /// server.
+    #[arg(
+        id = "metrics-audience",
+        long = "metrics-audience",
+        value_name = "AUDIENCE",
+        help_heading = "Observability",
+        requires = "metrics-token-review"
+    )]
+    pub audience: Option<String>,
     /// File with the one bearer token that the metrics require, for processes without a Kubernetes cluster; readable by its owner, and at
     /// most by a group of this process.
     #[arg(
@@ -76,6 +86,7 @@ mod tests {
             "--metrics-certificate=c",
             "--metrics-key=k",
             "--metrics-token-review",
+            "--metrics-audience=a",
         ]);
         let all = all.expect("all options");
         assert_eq!(all.listen.map(|it| it.port()), Some(2));
@@ -86,6 +97,7 @@ mod tests {
             &[listen, "--metrics-certificate=c"],
             &[listen, "--metrics-key=k"],
             &["--metrics-token-review"],
+            &[listen, "--metrics-audience=a"],
             &["--metrics-token-file=t"],
             &[listen, "--metrics-token-review", "--metrics-token-file=t"],
         ] {

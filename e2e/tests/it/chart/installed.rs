@@ -34,6 +34,8 @@ use crate::metrics::reviews;
 const BATCH: usize = 27;
 /// The lease of a cluster at the hub: shorter than that of its members' Lease.
 const LEASE_SECONDS: u64 = 10;
+/// Of tokens for metrics.
+const AUDIENCE: &str = "hanse-metrics";
 /// The nodes, of which one comes later.
 pub(super) const AGENTS: usize = 3;
 /// The pods of the member.
@@ -122,7 +124,10 @@ fn values(east: &East, hub: Option<&Pod>) -> Value {
         ("hub.leaseSeconds", json!(LEASE_SECONDS)),
         // For reviews of tokens. The policy of the chart, which Hanse enforces, permits no other egress.
         ("hub.apiServerPorts", json!([east.server.address().port()])),
-        ("metrics", json!({"enabled": true, "tls": {"secretName": "metrics-tls"}, "readers": [reader()]})),
+        (
+            "metrics",
+            json!({"enabled": true, "audience": AUDIENCE, "tls": {"secretName": "metrics-tls"}, "readers": [reader()]}),
+        ),
     ] {
         values = set(values, path, value);
     }
@@ -160,7 +165,8 @@ fn installed_release_enforces_with_the_rights_of_the_chart() {
 /// In the order of the notes: hub, token, member and agents.
 async fn installs(east: &East, authority: &Authority) -> Pod {
     east.apply(VOLUMES).await;
-    east.apply(&reviews::secret("metrics-tls", authority)).await;
+    east.apply(&reviews::secret("metrics-tls", authority, reviews::SERVER_NAME)).await;
+    east.apply(&reviews::secret("metrics-tls-agents", authority, reviews::AGENT_NAME)).await;
     let (release, start) = (Release { server: &east.server }, Instant::now());
     release.helm(&["install", "hanse"], Some(&values(east, None)));
     let hub = east.ready_component("hub", 1).await.remove(0);
@@ -186,31 +192,41 @@ async fn serves_metrics(east: &East, hub: &Pod, authority: &Authority) {
     for account in ["prometheus", "other"] {
         east.kubectl(&["--namespace", NAMESPACE, "create", "serviceaccount", account], "");
     }
-    let token =
-        async |account: &str| east.server.token(NAMESPACE, account, &TokenOptions::default()).await.expect("a token");
-    let (prometheus, other) = (token("prometheus").await, token("other").await);
+    let token = async |account: &str, options: &TokenOptions| {
+        east.server.token(NAMESPACE, account, options).await.expect("a token")
+    };
+    let for_metrics = TokenOptions { audiences: vec![AUDIENCE.to_owned()], ..TokenOptions::default() };
+    let (prometheus, other) = (token("prometheus", &for_metrics).await, token("other", &for_metrics).await);
+    let for_api_server = token("prometheus", &TokenOptions::default()).await;
     let client = &east.ready("default", "app=client", 1).await[0];
     let of_node = |number: u8, port: u16| SocketAddr::from(([172, 20, 0, number], port));
-    for (to, name) in [
-        (SocketAddr::new(addresses(hub)[0], 7446), "hanse_hub_clusters{state=\"live\"} 1"),
-        (of_node(1, 7503), "hanse_member_nodes_current 2"),
-        (of_node(1, 7505), "hanse_agent_in_sync 1"),
-        (of_node(2, 7505), "hanse_agent_in_sync 1"),
+    let (of_both, of_agents) = (reviews::SERVER_NAME, reviews::AGENT_NAME);
+    for (to, server, name) in [
+        (SocketAddr::new(addresses(hub)[0], 7446), of_both, "hanse_hub_clusters{state=\"live\"} 1"),
+        (of_node(1, 7503), of_both, "hanse_member_nodes_current 2"),
+        (of_node(1, 7505), of_agents, "hanse_agent_in_sync 1"),
+        (of_node(2, 7505), of_agents, "hanse_agent_in_sync 1"),
     ] {
         let mut last = String::new();
         for (token, status, words) in [
             (Some(&*prometheus), 200, name),
             (Some(&*other), 403, "needs the verb \"get\" on the nonResourceURL \"/metrics\""),
+            (Some(&*for_api_server), 401, "not valid"),
             (Some("nonsense"), 401, "not valid"),
             (None, 401, "not valid"),
         ] {
             let answered = until(PATIENCE, async || {
-                let answer = east.network(client).enter(|| reviews::scrape(to, &authority.pem(), token));
+                let answer = east.network(client).enter(|| reviews::scrape_as(to, server, &authority.pem(), token));
                 last = format!("{answer:?}");
                 answer.is_ok_and(|it| it.0 == status && it.1.contains(words))
             });
             assert!(answered.await.is_some(), "{to}: not {status} {words}: {last}\n{}", east.logs());
         }
+        // The key of agents, which is on every node, is not good for hub and member.
+        let other = if server == of_both { of_agents } else { of_both };
+        let refused = east.network(client).enter(|| reviews::scrape_as(to, other, &authority.pem(), Some(&prometheus)));
+        let refused = format!("{:#}", refused.expect_err("the certificate is for another name"));
+        assert!(refused.contains("certificate"), "{to}: {refused}");
         let answer = east.network(client).enter(|| reviews::plain(to, &prometheus));
         assert!(!answer.contains("HTTP/1.1") && !answer.contains("hanse_"), "{to}: {answer}");
     }

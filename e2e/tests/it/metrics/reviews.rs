@@ -26,21 +26,33 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 /// The name that the chart expects in the certificate.
 pub(crate) const SERVER_NAME: &str = "hanse-metrics.hanse.svc";
+/// The same for agents.
+pub(crate) const AGENT_NAME: &str = "hanse-metrics-agents.hanse.svc";
 /// Accounts: one that may read metrics, and others.
 const ACCOUNTS: [&str; 3] = ["prometheus", "other", "gone"];
 
 /// The status and the text that `/metrics` of a listener answers. Verifies the certificate.
 pub(crate) fn scrape(to: SocketAddr, authority: &str, token: Option<&str>) -> anyhow::Result<(u16, String)> {
+    scrape_as(to, SERVER_NAME, authority, token)
+}
+
+/// As [`scrape`], of a listener with a certificate for another name.
+pub(crate) fn scrape_as(
+    to: SocketAddr,
+    name: &'static str,
+    authority: &str,
+    token: Option<&str>,
+) -> anyhow::Result<(u16, String)> {
     hanse_identity::tls::install_provider();
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(authority.as_bytes())?)?;
     let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-    let client = ClientConnection::new(Arc::new(config), ServerName::try_from(SERVER_NAME)?)?;
+    let client = ClientConnection::new(Arc::new(config), ServerName::try_from(name)?)?;
     let tcp = TcpStream::connect_timeout(&to, ANSWER_WITHIN)?;
     tcp.set_read_timeout(Some(ANSWER_WITHIN))?;
     let mut stream = StreamOwned::new(client, tcp);
     let token = token.map(|token| format!("Authorization: Bearer {token}\r\n")).unwrap_or_default();
-    write!(stream, "GET /metrics HTTP/1.1\r\nHost: {SERVER_NAME}\r\nConnection: close\r\n{token}\r\n")?;
+    write!(stream, "GET /metrics HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n{token}\r\n")?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     let status = text.split(' ').nth(1).and_then(|status| status.parse().ok());
@@ -59,8 +71,8 @@ pub(crate) fn plain(to: SocketAddr, token: &str) -> String {
 }
 
 /// A Secret with the certificate of metrics, as cert-manager writes it.
-pub(crate) fn secret(name: &str, authority: &Authority) -> String {
-    let Certified { certificate, key } = authority.server(&[SERVER_NAME.to_owned()]).expect("a certificate");
+pub(crate) fn secret(name: &str, authority: &Authority, server: &str) -> String {
+    let Certified { certificate, key } = authority.server(&[server.to_owned()]).expect("a certificate");
     let encode = |text: &str| STANDARD.encode(text);
     let data = json!({"tls.crt": encode(&certificate), "tls.key": encode(&key), "ca.crt": encode(&authority.pem())});
     json!({
