@@ -140,13 +140,15 @@ pub(super) struct Requests {
     written: Option<Vec<Arc<Path>>>,
     /// The definitions that the state contains; `None`: not read yet.
     definitions: Option<BTreeSet<PathBuf>>,
-    /// When the next attempt to write is due.
+    /// When the next attempt to write the list is due, and the definitions: kept objects never wait for definitions.
     write_at: Instant,
+    write_definitions_at: Instant,
 }
 
 impl Requests {
     pub fn new(state: State) -> Self {
-        Self { state, written: None, definitions: None, write_at: Instant::now() }
+        let now = Instant::now();
+        Self { state, written: None, definitions: None, write_at: now, write_definitions_at: now }
     }
 
     /// A request that was written since the last call.
@@ -214,7 +216,8 @@ impl Requests {
 
     /// Records the definitions of the objects in force in Secrets: with caches of its own, a process knows these objects.
     pub fn write_definitions(&mut self, now: BTreeSet<PathBuf>) {
-        if !self.state.is_in_secrets() || self.definitions.as_ref() == Some(&now) || Instant::now() < self.write_at {
+        let is_due = Instant::now() >= self.write_definitions_at;
+        if !self.state.is_in_secrets() || self.definitions.as_ref() == Some(&now) || !is_due {
             return;
         }
         let written = || -> io::Result<()> {
@@ -228,7 +231,7 @@ impl Requests {
             Err(error) => tracing::warn!(%error, "the definitions of the objects in force cannot be written"),
         }
         // A kind whose only object comes and goes is not written each time.
-        self.write_at = Instant::now() + WRITE_AGAIN_AFTER;
+        self.write_definitions_at = Instant::now() + WRITE_AGAIN_AFTER;
     }
 
     fn write(&self, names: &Names, texts: &Texts) -> io::Result<()> {
