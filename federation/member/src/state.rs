@@ -294,11 +294,16 @@ impl State {
                 false => drop(found(std::fs::remove_file(&path))?),
             }
         }
+        self.adopt_caches()?;
+        Ok(false)
+    }
+
+    /// From now on, the caches in the data directory are those of the process that led last.
+    fn adopt_caches(&self) -> io::Result<()> {
         let random: [u8; 16] = token::random().map_err(io::Error::other)?;
         let own: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        files::write_atomic(&path, own.as_bytes(), 0o600)?;
-        self.write(CACHES, own.as_bytes())?;
-        Ok(false)
+        files::write_atomic(&self.data.join(CACHES_ID), own.as_bytes(), 0o600)?;
+        self.write(CACHES, own.as_bytes())
     }
 }
 

@@ -85,8 +85,10 @@ pub async fn is_not_overwritten(server: &ApiServer) {
     for file in ["root.pem", "intermediate.pem", "member.pem", "term", "node-tokens/7f.json", "nodes/fa.json"] {
         files.write(file, file.as_bytes()).expect("written");
     }
+    std::fs::create_dir_all(earlier.join("source")).expect("a folder");
     let moved = lead(&earlier).expect("the state is read");
     take_from_data(&moved).expect("moved");
+    assert!(moved.claim_caches().expect("claimed") && cached(&earlier), "they are those of the process that led last");
     assert_eq!(text(&moved, "nodes/fa.json").as_deref(), Some("nodes/fa.json"));
     assert_eq!(text(&moved, "member.pem").as_deref(), Some("member.pem"));
     assert_eq!(moved.list("node-tokens").expect("listed"), ["7f.json"]);

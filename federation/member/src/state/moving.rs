@@ -54,6 +54,8 @@ fn move_files(from: &State, to: &State) -> anyhow::Result<()> {
         }
         let count = changes.len() + 1;
         to.put(changes, None).with_context(|| format!("move the files of {data} into the Secrets of the state"))?;
+        // They are those of the only process that has served, and may contain objects whose kind was deleted.
+        to.adopt_caches().context("take over the caches in --data")?;
         to.put(vec![(JOINED.to_owned(), Some(own))], None).context("move member.pem")?;
         tracing::info!(data = %from.data().display(), files = count, "state moved from the data directory into Secrets");
     }
