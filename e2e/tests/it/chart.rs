@@ -18,6 +18,7 @@ mod images;
 pub(crate) mod installed;
 mod openshift;
 mod replicas;
+mod returning;
 mod state;
 
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -20,6 +20,7 @@ use kube::api::{Api, DeleteParams, ListParams};
 use serde_json::Value;
 
 use super::installed::{AGENTS, MEMBERS, OPEN_FOR_CLIENT};
+use super::returning::{deletes_a_kind, forgets, is_kept, joins_again, moves_from_a_claim, yields_after_a_partition};
 use super::{NAMESPACE, PATIENCE, success};
 use crate::clusters::east::East;
 use crate::clusters::nodes::addresses;
@@ -35,7 +36,7 @@ const SLOW: Duration = Duration::from_millis(2_500);
 const PORT: u16 = 8080;
 
 /// No pod may connect to the client: what changes.
-const CLOSED_CLIENT: &str = "apiVersion: networking.k8s.io/v1
+pub const CLOSED_CLIENT: &str = "apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {name: client, namespace: default}
 spec: {podSelector: {matchLabels: {app: client}}, policyTypes: [Ingress]}
@@ -77,9 +78,11 @@ impl Files {
         let state = State::of_member(&self.0).expect("the Secrets are read");
         std::fs::create_dir(folder).expect("a folder");
         let to = State::from(folder);
-        for file in ["root.pem", "intermediate.pem", "newest-node-at-start", "member.pem"] {
-            let bytes = state.read(file).expect("read").expect("it exists");
-            to.write(file, &bytes).expect("written");
+        let nodes = state.list("nodes").expect("listed").into_iter().map(|name| format!("nodes/{name}"));
+        let own = ["root.pem", "intermediate.pem", "newest-node-at-start", "term", "member.pem"].map(str::to_owned);
+        for file in nodes.chain(own) {
+            let bytes = state.read(&file).expect("read").expect("it exists");
+            to.write(&file, &bytes).expect("written");
         }
     }
 }
@@ -125,18 +128,18 @@ impl Traffic {
 
 impl East {
     /// The status of the cluster at the hub.
-    fn status(&self, hub: &Pod) -> Value {
+    pub fn status(&self, hub: &Pod) -> Value {
         let status: Value = serde_json::from_str(&self.hanse(hub, &["status", "-o", "json"])).unwrap_or_default();
         status["items"][0].clone()
     }
 
-    async fn until_current(&self, hub: &Pod, count: usize) {
+    pub async fn until_current(&self, hub: &Pod, count: usize) {
         let current = until(PATIENCE, async || self.status(hub)["agentsCurrent"] == count).await;
         assert!(current.is_some(), "{count} agents are current: {:#}\n{}", self.status(hub), self.logs());
     }
 
     /// Waits until another pod than `before` leads.
-    async fn next_leader(&self, before: &Pod) -> Pod {
+    pub async fn next_leader(&self, before: &Pod) -> Pod {
         let mut next = None;
         let is_next = until(PATIENCE, async || {
             next = leader(self).await.filter(|pod| pod.uid() != before.uid());
@@ -152,7 +155,7 @@ impl East {
         self.pods(NAMESPACE).delete(&pod.name_any(), &parameters).await.expect("it is deleted");
     }
 
-    async fn members(&self) -> Vec<Pod> {
+    pub async fn members(&self) -> Vec<Pod> {
         self.ready_component("member", MEMBERS).await
     }
 }
@@ -175,6 +178,8 @@ pub async fn fails_over(east: &mut East, hub: &Pod) {
         |from: &Pod, (address, title): (SocketAddr, String), expected| (east.network(from), address, title, expected);
     let mut pairs = vec![pair(&web[0], to(&web[1]), Observed::Closed), pair(&web[1], to(&web[0]), Observed::Closed)];
     pairs.extend(web.iter().map(|web| pair(&client, to(web), Observed::Open)));
+    let kept = deletes_a_kind(east, hub, &web[0]).await;
+    pairs.push(pair(&web[0], to(&kept), Observed::Closed));
     let traffic = Traffic::start(pairs);
     let closes = [client.clone()];
 
@@ -202,9 +207,15 @@ pub async fn fails_over(east: &mut East, hub: &Pod) {
     let status = east.status(hub);
     assert!(!status.to_string().contains("in use"), "no copy of the member is reported: {status:#}");
 
+    yields_after_a_partition(east, hub, &web[0], &client).await;
     stays_revoked(east, hub).await;
+    is_kept(east, hub).await;
+    joins_again(east, hub).await;
+    moves_from_a_claim(east, hub).await;
+    is_kept(east, hub).await;
     goes_on_without_api_server(east, hub, &web[0], &client).await;
     traffic.end();
+    forgets(east, &web[0], &kept).await;
     east.kubectl(&["--namespace", "default", "delete", "networkpolicy", "web"], "");
     east.until_observed(&web[0], &web[1..], Observed::Open).await;
 }

@@ -98,7 +98,7 @@ impl East {
         self.ready_component(component, 1).await.remove(0)
     }
 
-    fn claim(&self, name: &str) -> PathBuf {
+    pub(super) fn claim(&self, name: &str) -> PathBuf {
         self.scratch.join("claims/east").join(NAMESPACE).join(name)
     }
 
@@ -116,7 +116,7 @@ impl East {
     }
 }
 
-fn values(east: &East, hub: Option<&Pod>) -> Value {
+pub(super) fn values(east: &East, hub: Option<&Pod>) -> Value {
     let mut values = complete();
     for (path, value) in [
         ("hub.persistence", json!({"storageClassName": ""})),
