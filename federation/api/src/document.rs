@@ -30,8 +30,11 @@ const MAX_TEXT_BYTES: usize = 1 << 30;
 pub fn documents(text: &str) -> impl Iterator<Item = Result<Document<'_>, SyntaxError>> {
     let too_long = (text.len() > MAX_TEXT_BYTES)
         .then(|| Err(SyntaxError { line: 1, message: format!("longer than {MAX_TEXT_BYTES} bytes") }));
-    let pieces = if too_long.is_some() { Vec::new() } else { pieces(text) };
-    too_long.into_iter().chain(pieces.into_iter().filter_map(|piece| parse_one(&piece).transpose()))
+    // One JSON value, which is what API servers send, is not looked at twice.
+    let whole = if too_long.is_none() && text.starts_with('{') { json::parse(text, 1) } else { None };
+    let pieces = if too_long.is_some() || whole.is_some() { Vec::new() } else { pieces(text) };
+    let whole = whole.map(|document| Ok(document.with_typed_items()));
+    too_long.into_iter().chain(whole).chain(pieces.into_iter().filter_map(|piece| parse_one(&piece).transpose()))
 }
 
 /// What lies between two `---` lines.

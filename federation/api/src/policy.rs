@@ -45,7 +45,9 @@ pub struct NodePeers {
 }
 
 impl LocalPolicy {
-    pub fn new(policy: Policy) -> Self {
+    pub fn new(mut policy: Policy) -> Self {
+        // Most policies have one rule, and a vector that grows has room for four.
+        [&mut policy.ingress, &mut policy.egress].into_iter().flatten().for_each(Vec::shrink_to_fit);
         Self { policy, node_peers: Vec::new(), left_out: Vec::new() }
     }
 

@@ -55,6 +55,8 @@ pub struct World {
 #[derive(Debug)]
 enum Pending {
     Update(Box<Update>),
+    /// Changes of the cluster, which are looked up one by one: at first that is everything.
+    Local(Arc<Changed>),
     /// A batch of the hub: a snapshot has a change for every endpoint, so that it is converted one by one.
     Received(Vec<Change>),
 }
@@ -169,49 +171,13 @@ impl World {
     }
 
     /// Applies changes of the source. Returns the changes of the cluster.
-    pub fn take_local(&mut self, changes: Changes) -> Changed {
-        let changed = self.local.update(changes.objects);
+    pub fn take_local(&mut self, changes: Changes) -> Arc<Changed> {
+        let changed = Arc::new(self.local.update(changes.objects));
         let state = Arc::clone(self.local.state());
         self.outside_ranges.update(&state, &changed);
         self.problems.apply(changes.problems);
         self.local_revision = changes.revision;
-        for name in &changed.namespaces {
-            let labels = state.cluster.namespaces.get(name).map(|it| it.labels.clone());
-            self.push(namespace_update(self.cluster.clone(), name.clone(), labels));
-        }
-        for key @ (namespace, name) in &changed.service_accounts {
-            let labels = state.cluster.service_accounts.get(key).cloned();
-            self.push(account_update(self.cluster.clone(), namespace.clone(), name.clone(), labels));
-        }
-        for id in &changed.endpoints {
-            let (cluster, id) = (Some(self.cluster.clone()), id.clone());
-            self.push(match state.cluster.endpoints.get(&id).cloned() {
-                Some(endpoint) => Update::Endpoint { cluster, id, endpoint },
-                None => Update::RemoveEndpoint { cluster, id },
-            });
-        }
-        for key @ (namespace, name) in &changed.services {
-            let (namespace, name) = (namespace.clone(), name.clone());
-            self.push(match state.cluster.services.get(key).cloned() {
-                Some(service) => Update::Service { namespace, name, service },
-                None => Update::RemoveService { namespace, name },
-            });
-        }
-        for name in &changed.nodes {
-            let name = name.clone();
-            self.push(match state.nodes.get(&name) {
-                Some(node) => Update::Node { config: self.node(&name, node), name },
-                None => Update::RemoveNode { name },
-            });
-        }
-        for id in &changed.tiers {
-            let tier = state.layer.tiers.get(id).cloned();
-            self.push(tier.map_or_else(|| Update::RemoveTier(id.clone()), Update::Tier));
-        }
-        for id in &changed.policies {
-            let policy = state.layer.policies.get(id).cloned();
-            self.push(policy.map_or_else(|| Update::RemovePolicy(id.clone()), Update::Policy));
-        }
+        self.pending.push(Pending::Local(Arc::clone(&changed)));
         let others = !changed.nodes.is_empty()
             || changed.service_addresses
             || OwnStreams::depend_on(&self.ends, &state, &changed.services);
@@ -220,6 +186,49 @@ impl World {
             false => self.own_streams.clone(),
         });
         changed
+    }
+
+    /// Gives `apply` what the compiler does not have of the cluster.
+    fn each_local(&self, changed: &Changed, mut apply: impl FnMut(Update)) {
+        let state = self.local.state();
+        let cluster = || self.cluster.clone();
+        for name in &changed.namespaces {
+            let labels = state.cluster.namespaces.get(name).map(|it| it.labels.clone());
+            apply(namespace_update(cluster(), name.clone(), labels));
+        }
+        for key @ (namespace, name) in &changed.service_accounts {
+            let labels = state.cluster.service_accounts.get(key).cloned();
+            apply(account_update(cluster(), namespace.clone(), name.clone(), labels));
+        }
+        for id in &changed.endpoints {
+            let (cluster, id) = (Some(cluster()), id.clone());
+            apply(match state.cluster.endpoints.get(&id).cloned() {
+                Some(endpoint) => Update::Endpoint { cluster, id, endpoint },
+                None => Update::RemoveEndpoint { cluster, id },
+            });
+        }
+        for key @ (namespace, name) in &changed.services {
+            let (namespace, name) = (namespace.clone(), name.clone());
+            apply(match state.cluster.services.get(key).cloned() {
+                Some(service) => Update::Service { namespace, name, service },
+                None => Update::RemoveService { namespace, name },
+            });
+        }
+        for name in &changed.nodes {
+            let name = name.clone();
+            apply(match state.nodes.get(&name) {
+                Some(node) => Update::Node { config: self.node(&name, node), name },
+                None => Update::RemoveNode { name },
+            });
+        }
+        for id in &changed.tiers {
+            let tier = state.layer.tiers.get(id).cloned();
+            apply(tier.map_or_else(|| Update::RemoveTier(id.clone()), Update::Tier));
+        }
+        for id in &changed.policies {
+            let policy = state.layer.policies.get(id).cloned();
+            apply(policy.map_or_else(|| Update::RemovePolicy(id.clone()), Update::Policy));
+        }
     }
 
     /// Sets the addresses of Hanse's own processes.
@@ -274,6 +283,7 @@ impl World {
         for pending in std::mem::take(&mut self.pending) {
             match pending {
                 Pending::Update(update) => compiler.apply(*update),
+                Pending::Local(changed) => self.each_local(&changed, |update| compiler.apply(update)),
                 Pending::Received(changes) => {
                     let updates = changes.into_iter().filter_map(|change| update_of(change, &self.cluster));
                     updates.for_each(|update| compiler.apply(update));

@@ -43,7 +43,7 @@ const MAX_EVENTS: usize = 10_000;
 /// A collection that has been read is reported as failing after this time: a restart of the API server is not a problem.
 const FAILS_AFTER: Duration = Duration::from_secs(3);
 
-/// Reads the objects of a cluster from its API server. Must be used outside tokio: it runs its own runtime while it is polled.
+/// Reads the objects of a cluster from its API server. Must be used outside tokio: it waits for its own runtime.
 #[derive(Debug)]
 pub struct Kubernetes {
     runtime: Runtime,
@@ -88,7 +88,12 @@ impl Kubernetes {
     /// # Errors
     /// When the runtime cannot be created.
     pub fn new(access: Access, state: impl Into<Files>) -> std::io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        // A thread of its own: the next objects arrive and are read while the caller applies those of this poll.
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("api-server")
+            .enable_all()
+            .build()?;
         let (sender, reports) = Reports::new();
         runtime.spawn(start(access, sender));
         let status = |collection: &Collection| (collection.name(), Status::new(*collection));
