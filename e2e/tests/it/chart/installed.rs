@@ -24,7 +24,7 @@ use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
 use serde_json::{Value, json};
 
-use super::failover::{Files, SLICE, STATE, fails_over};
+use super::failover::{Files, SLICE, STATE, fails_over, leader};
 use super::{NAMESPACE, PATIENCE, Release, complete, list, rendered, set, success};
 use crate::clusters::east::{East, WORKLOADS, node, world};
 use crate::clusters::nodes::{addresses, is_ready};
@@ -199,11 +199,13 @@ async fn serves_metrics(east: &East, hub: &Pod, authority: &Authority) {
     let (prometheus, other) = (token("prometheus", &for_metrics).await, token("other", &for_metrics).await);
     let for_api_server = token("prometheus", &TokenOptions::default()).await;
     let client = &east.ready("default", "app=client", 1).await[0];
+    let leader = leader(east).await.expect("one leads");
     let of_node = |number: u8, port: u16| SocketAddr::from(([172, 20, 0, number], port));
     let (of_both, of_agents) = (reviews::SERVER_NAME, reviews::AGENT_NAME);
     for (to, server, name) in [
         (SocketAddr::new(addresses(hub)[0], 7446), of_both, "hanse_hub_clusters{state=\"live\"} 1"),
-        (of_node(1, 7503), of_both, "hanse_member_nodes_current 2"),
+        // Of the members, the one that serves; it may be on either node.
+        (SocketAddr::new(addresses(&leader)[0], 7503), of_both, "hanse_member_nodes_current 2"),
         (of_node(1, 7505), of_agents, "hanse_agent_in_sync 1"),
         (of_node(2, 7505), of_agents, "hanse_agent_in_sync 1"),
     ] {
