@@ -36,8 +36,7 @@ pub struct MetricsOptions {
         conflicts_with = "metrics-token-file"
     )]
     pub token_review: bool,
-    /// Audience that these tokens must be for, so that a token that is read in transit is of no use elsewhere. Default: the audience of the API
-    /// server.
+    /// Audience that these tokens must be for, so that this process cannot use them at the API server. Default: the audience of the API server.
     #[arg(
         id = "metrics-audience",
         long = "metrics-audience",

@@ -123,7 +123,6 @@ pub async fn yields_after_a_partition(east: &East, hub: &Pod, web: &Pod, client:
             position(&status) >= position(&served),
             "what the first one knows is published: {status:#}\n{served:#}"
         );
-        assert_eq!(status["endpoints"], served["endpoints"], "{status:#}");
         assert!(status["connected"] == true && !status.to_string().contains("in use"), "{status:#}");
     };
     cut.set(&format!("tcp dport {port} drop;"));
@@ -179,9 +178,10 @@ pub async fn joins_again(east: &East, hub: &Pod) {
     kubectl(&["rollout", "restart", "deployment/hanse-member"], "");
     let has_joined = until(PATIENCE, async || !certificate().is_empty());
     assert!(has_joined.await.is_some(), "{}", east.logs());
+    // What the hub says of the agents is not what a member said that has ended.
+    kubectl(&["rollout", "status", "deployment/hanse-member", "--timeout=60s"], "");
     east.until_current(hub, AGENTS).await;
     println!("all agents were current {:?} after the cluster was revoked, and joined again", start.elapsed());
-    kubectl(&["rollout", "status", "deployment/hanse-member", "--timeout=60s"], "");
     kubectl(&["delete", "secret", "hanse-join"], "");
     assert_eq!(nodes(&files), before, "no node has enrolled again");
 }
