@@ -17,6 +17,10 @@ use kube::{Client, Config};
 /// The longest time until the API server accepts a connection, and answers a single request.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
+/// The longest time without a byte on a connection with an open request. The API server sends a bookmark about once a minute on a watch: one
+/// that is silent for longer is dead, also where nothing has closed it on this side.
+pub const SILENCE: Duration = Duration::from_secs(90);
+
 /// The API server of the cluster: that of the pod in which the process runs, or that of a kubeconfig file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Access {
@@ -48,6 +52,7 @@ impl Access {
             )?,
         };
         config.connect_timeout = Some(ANSWER_WITHIN);
+        config.read_timeout = Some(SILENCE);
         Ok(config)
     }
 
@@ -126,4 +131,56 @@ pub fn message(error: kube::Error) -> String {
         source = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{StreamExt as _, pin_mut};
+    use k8s_openapi::api::core::v1::Namespace;
+    use kube::Api;
+    use kube::api::WatchParams;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// A server that sends one event of a watch and then nothing, as one whose connection was lost on the way does.
+    #[tokio::test]
+    async fn a_watch_that_is_silent_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let file = std::env::temp_dir().join(format!("hanse-silence-{}", std::process::id()));
+        let text = serde_json::json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": format!("http://{}", listener.local_addr().expect("bound"))}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "users": [{"name": "u", "user": {}}],
+        });
+        std::fs::write(&file, text.to_string()).expect("written");
+        let access = Access { kubeconfig: Some(file.clone()), context: None };
+        let client = access.client().await.expect("a client");
+        std::fs::remove_file(&file).expect("removed");
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.expect("it connects");
+            let mut request = [0; 4096];
+            while !request.windows(4).any(|it| it == b"\r\n\r\n") {
+                let read = stream.read(&mut request).await.expect("a request");
+                assert!(read > 0, "the client has hung up");
+            }
+            let event = r#"{"type":"ADDED","object":{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"a"}}}"#;
+            let answer = format!(
+                "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{event}\n\r\n",
+                event.len() + 1
+            );
+            stream.write_all(answer.as_bytes()).await.expect("sent");
+            stream
+        };
+        let namespaces: Api<Namespace> = Api::all(client);
+        let watch = async { namespaces.watch(&WatchParams::default(), "1").await.expect("it is answered") };
+        let (_open, events) = tokio::join!(serve, watch);
+        pin_mut!(events);
+        assert!(matches!(events.next().await, Some(Ok(_))), "the event arrives");
+        tokio::time::pause();
+        let end = tokio::time::timeout(SILENCE + Duration::from_secs(1), events.next()).await.expect("the watch ends");
+        assert!(matches!(end, None | Some(Err(_))), "{end:?}");
+    }
 }

@@ -12,7 +12,7 @@ use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 
-use hanse_kubernetes::message;
+use hanse_kubernetes::{SILENCE, message};
 
 /// Objects of one page of a list.
 pub const PAGE: u32 = 500;
@@ -20,8 +20,6 @@ pub const PAGE: u32 = 500;
 pub const PAGE_OF_LARGE: u32 = 50;
 /// Seconds after which the API server ends a watch; the next one continues where it ended.
 const WATCH_SECONDS: u32 = 290;
-/// The API server sends a bookmark about once a minute. A connection without any event for longer is dead.
-const SILENCE: Duration = Duration::from_secs(90);
 /// The longest time for one page.
 const LIST_WITHIN: Duration = Duration::from_secs(60);
 const FIRST_DELAY: Duration = Duration::from_millis(200);
