@@ -253,6 +253,9 @@ mod tests {
             assert!(!commands.is_empty(), "{examples}");
             for words in commands {
                 *count += 1;
+                // A variable has the value of its name, in lower case.
+                let words = words.iter().map(|it| it.strip_prefix('$').map_or_else(|| it.clone(), str::to_lowercase));
+                let words: Vec<String> = words.collect();
                 if let Err(error) = Cli::command().try_get_matches_from(&words) {
                     panic!("{words:?}: {error}");
                 }
