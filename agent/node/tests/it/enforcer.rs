@@ -3,6 +3,7 @@
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hanse_agent::enforcer::{Enforcer, Options, Proofs, Started};
 use hanse_agent::metrics::AgentMetrics;
@@ -192,7 +193,7 @@ fn end_of_the_thread_is_reported() {
     block_on(enforcer.apply(accepting(80, 1))).expect("applied");
     assert!(sees.try_recv().is_err(), "it runs");
     drop(enforcer);
-    sees.recv_timeout(std::time::Duration::from_secs(10)).expect("its end is reported");
+    sees.recv_timeout(Duration::from_secs(10)).expect("its end is reported");
 }
 
 #[test]
@@ -219,9 +220,10 @@ fn agent_starts_without_a_member_and_leaves_its_rules_when_killed() {
             .spawn()
             .expect("started");
         // A process takes a while to start on a machine that does more than this.
-        let enforced = (0..100).find(|_| node.open() == closed);
+        let end = Instant::now() + Duration::from_secs(60);
+        let enforced = std::iter::repeat_with(|| node.open()).find(|open| *open == closed || Instant::now() > end);
         agent.kill().and_then(|()| agent.wait()).expect("killed");
-        assert!(enforced.is_some(), "start {start}: {}", node.table());
+        assert_eq!(enforced, Some(closed), "start {start}: {}", node.table());
         assert_eq!(node.open(), closed, "start {start}: its rules stay");
         // Without what packets and epochs change, and without handles.
         let changes = |line: &&str| ["counter", "ct mark", "elements = { 0x"].iter().any(|part| line.contains(part));

@@ -52,6 +52,17 @@ pub async fn leader(east: &East) -> Option<Pod> {
     pods.items.into_iter().find(|pod| addresses(pod).contains(&address))
 }
 
+/// The same, after a rollout as well: it may point at a member that has ended until the next one leads.
+pub async fn leads(east: &East) -> Pod {
+    let mut found = None;
+    until(PATIENCE, async || {
+        found = leader(east).await;
+        found.is_some()
+    })
+    .await;
+    found.unwrap_or_else(|| panic!("no member leads\n{}", east.logs()))
+}
+
 /// Runs commands of the member beside its pods, as `kubectl exec` does in any of them.
 pub struct Files(PathBuf);
 
@@ -184,7 +195,7 @@ pub async fn fails_over(east: &mut East, hub: &Pod) {
     let closes = [client.clone()];
 
     // The leader is killed: the other one waits until the Lease ends.
-    let first = leader(east).await.expect("one leads");
+    let first = leads(east).await;
     let start = Instant::now();
     east.delete(&first, Some(0)).await;
     east.kubectl(&["apply", "-f", "-"], CLOSED_CLIENT);
@@ -225,7 +236,7 @@ async fn stays_revoked(east: &East, hub: &Pod) {
     let files = Files::at(east, "commands");
     println!("{}", files.run(&["node", "revoke", "b"]).trim());
     east.until_current(hub, AGENTS - 1).await;
-    let before = leader(east).await.expect("one leads");
+    let before = leads(east).await;
     for pod in east.members().await {
         east.delete(&pod, Some(0)).await;
     }
@@ -252,7 +263,7 @@ async fn stays_revoked(east: &East, hub: &Pod) {
 
 /// Without its API server, the leader serves on: other clusters keep its endpoints, and its nodes their member.
 async fn goes_on_without_api_server(east: &mut East, hub: &Pod, web: &Pod, client: &Pod) {
-    let before = leader(east).await.expect("one leads");
+    let before = leads(east).await;
     east.server.kill().expect("it is killed");
     let start = Instant::now();
     let mut is_reported = false;

@@ -24,7 +24,7 @@ use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
 use serde_json::{Value, json};
 
-use super::failover::{Files, SLICE, STATE, fails_over, leader};
+use super::failover::{Files, SLICE, STATE, fails_over, leads};
 use super::{NAMESPACE, PATIENCE, Release, complete, list, rendered, set, success};
 use crate::clusters::east::{East, WORKLOADS, node, world};
 use crate::clusters::nodes::{addresses, is_ready};
@@ -199,7 +199,7 @@ async fn serves_metrics(east: &East, hub: &Pod, authority: &Authority) {
     let (prometheus, other) = (token("prometheus", &for_metrics).await, token("other", &for_metrics).await);
     let for_api_server = token("prometheus", &TokenOptions::default()).await;
     let client = &east.ready("default", "app=client", 1).await[0];
-    let leader = leader(east).await.expect("one leads");
+    let leader = leads(east).await;
     let of_node = |number: u8, port: u16| SocketAddr::from(([172, 20, 0, number], port));
     let (of_both, of_agents) = (reviews::SERVER_NAME, reviews::AGENT_NAME);
     for (to, server, name) in [

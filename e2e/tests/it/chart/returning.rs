@@ -17,7 +17,7 @@ use kube::ResourceExt as _;
 use kube::api::ListParams;
 use serde_json::{Value, json};
 
-use super::failover::{CLOSED_CLIENT, Files, SLICE, STATE, leader};
+use super::failover::{CLOSED_CLIENT, Files, SLICE, STATE, leader, leads};
 use super::installed::{AGENTS, values};
 use super::{NAMESPACE, PATIENCE, Release, STATE as SECRETS, output, set, success};
 use crate::clusters::east::East;
@@ -92,7 +92,7 @@ pub async fn forgets(east: &East, from: &Pod, pod: &Pod) {
 /// The leader is cut off from everything, and another one takes its place. When the hub can be reached again, and the API server cannot yet,
 /// it does not know that it no longer leads: it publishes nothing.
 pub async fn yields_after_a_partition(east: &East, hub: &Pod, web: &Pod, client: &Pod) {
-    let first = leader(east).await.expect("one leads");
+    let first = leads(east).await;
     let name = first.name_any();
     let log = || east.programs.log(NAMESPACE, &name, "member");
     let starts = || log().matches("waiting for the Lease").count();
@@ -190,7 +190,7 @@ pub async fn joins_again(east: &East, hub: &Pod) {
 pub async fn moves_from_a_claim(east: &East, hub: &Pod) {
     let files = Files::at(east, "moving");
     let (before, release, start) = (nodes(&files), Release { server: &east.server }, Instant::now());
-    let last = leader(east).await.and_then(|pod| pod.uid()).expect("one leads");
+    let last = leads(east).await.uid().expect("it has a uid");
     let claim = east.claim("hanse-member");
     let folder = claim.join("member");
     std::fs::create_dir_all(&claim).expect("a folder");

@@ -262,17 +262,15 @@ impl Kubernetes {
         }
     }
 
+    /// For the next process. Until everything was read, the list of an earlier process is the better one.
     fn write_kept(&mut self, objects: &Objects) {
-        // Until everything was read, the list of an earlier process is the better one.
-        if self.is_synced {
-            let kept = self.collections.values().flat_map(|status| status.kept.values().flatten());
-            let kept = kept.cloned().collect();
-            // The objects of a definition that was deleted are stored before it is no longer recorded.
-            if self.requests.write_kept(kept, name_of, |origin| objects.text(origin))
-                && let Some(definitions) = self.definitions_in_force(objects)
-            {
-                self.requests.write_definitions(definitions);
-            }
+        let kept = self.collections.values().flat_map(|status| status.kept.values().flatten());
+        let kept = kept.cloned().collect();
+        // The objects of a definition that was deleted are stored before it is no longer recorded.
+        if self.requests.write_kept(kept, name_of, |origin| objects.text(origin))
+            && let Some(definitions) = self.definitions_in_force(objects)
+        {
+            self.requests.write_definitions(definitions);
         }
     }
 
@@ -280,6 +278,10 @@ impl Kubernetes {
     fn definitions_in_force(&self, objects: &Objects) -> Option<BTreeSet<PathBuf>> {
         let mut definitions = BTreeSet::new();
         for status in self.collections.values().filter(|it| it.collection.is_custom) {
+            // What it leaves in force is determined by the next poll, and stored before the definition is no longer recorded.
+            if status.is_changed {
+                return None;
+            }
             if let Definition::Present { uid } = status.definition.as_ref()? {
                 let definition = status.collection.origin().join(uid);
                 if objects.has_origin_within(&definition) {
@@ -381,6 +383,7 @@ impl Source for Kubernetes {
     fn poll(&mut self, objects: &mut Objects) -> Vec<Event> {
         let mut events = Vec::new();
         self.forget(&mut events);
+        let was_synced = self.is_synced;
         for status in self.collections.values_mut().filter(|it| it.is_changed) {
             status.find_kept(objects, &mut events);
         }
@@ -401,7 +404,10 @@ impl Source for Kubernetes {
             self.is_synced = true;
             events.push(Event::Synced(Path::new("").into()));
         }
-        self.write_kept(objects);
+        // `objects` do not contain what this poll reports.
+        if was_synced {
+            self.write_kept(objects);
+        }
         events
     }
 

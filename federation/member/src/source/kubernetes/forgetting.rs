@@ -25,7 +25,8 @@ const REQUEST: &str = "source/forget.json";
 const TAKEN_WITHIN: Duration = Duration::from_secs(10);
 /// Names in one request.
 const MAX_NAMES: usize = 10_000;
-/// Of the texts in a Secret, with room for the names: see [`crate::state::MAX_SECRET_BYTES`]. At 2 KB each, they are some 350.
+/// Of the texts in a Secret with their origins, as they are stored, with room for the names: see [`crate::state::MAX_SECRET_BYTES`]. At 2 KB
+/// each, they are some 300.
 const MAX_TEXT_BYTES: usize = 700 << 10;
 /// The bytes of the names in the list.
 const MAX_NAME_BYTES: usize = 200 << 10;
@@ -193,14 +194,17 @@ impl Requests {
             let mut bytes = 0;
             for origin in &kept {
                 let text = text_of(origin).and_then(|text| String::from_utf8(text).ok());
-                let text = text.filter(|text| bytes + text.len() <= MAX_TEXT_BYTES);
-                match (origin.to_str(), text) {
-                    (Some(origin), Some(text)) => {
-                        bytes += text.len();
-                        texts.texts.insert(origin.to_owned(), text);
-                    }
-                    _ => texts.omitted += 1,
+                let (Some(origin), Some(text)) = (origin.to_str(), text) else {
+                    texts.omitted += 1;
+                    continue;
+                };
+                let length = stored_length(origin) + stored_length(&text);
+                if bytes + length > MAX_TEXT_BYTES {
+                    texts.omitted += 1;
+                    continue;
                 }
+                bytes += length;
+                texts.texts.insert(origin.to_owned(), text);
             }
         }
         match self.write(&names, &texts) {
@@ -245,5 +249,28 @@ impl Requests {
             }
         }
         self.state.write(KEPT, &serde_json::to_vec(names)?)
+    }
+}
+/// The bytes of a text in JSON, with a separator. Quotes and backslashes take two.
+fn stored_length(text: &str) -> usize {
+    let escaped = |byte| match byte {
+        b'"' | b'\\' => 2,
+        0..0x20 => 6,
+        _ => 1,
+    };
+    text.bytes().map(escaped).sum::<usize>() + 3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_counted_as_they_are_stored() {
+        for text in ["a", r#"{"metadata":{"name":"a\\b"}}"#, "{\n\t\"é\": \"\u{1}\"}", ""] {
+            let stored = serde_json::to_string(text).expect("JSON").len() + 1;
+            assert!((stored..stored + 20).contains(&stored_length(text)), "{text:?}");
+        }
+        assert_eq!(stored_length(r#""\""#), serde_json::to_string(r#""\""#).expect("JSON").len() + 1);
     }
 }
