@@ -251,6 +251,7 @@ impl Requests {
         self.state.write(KEPT, &serde_json::to_vec(names)?)
     }
 }
+
 /// The bytes of a text in JSON, with a separator. Quotes and backslashes take two.
 fn stored_length(text: &str) -> usize {
     let escaped = |byte| match byte {
