@@ -273,7 +273,12 @@ fn restarts_and_definitions_lose_nothing_and_idle_writes_nothing() {
         for name in ["fnp/deny", "fnp/other", "tiers.hanse.dev/platform"] {
             world.until("accepted", || world.condition(name, "Accepted")[0] == "True").await;
         }
-        world.until("counted", || world.status("tiers.hanse.dev/platform")["policies"] == 2).await;
+        let counted = async |world: &World, policies: u32| {
+            let status = || world.status("tiers.hanse.dev/platform");
+            let found = until(Duration::from_secs(90), async || status()["policies"] == policies).await;
+            assert!(found.is_some(), "counts are written within a minute: {}\n{}", status(), world.hub_log());
+        };
+        counted(&world, 2).await;
 
         // The hub is killed; meanwhile an object is deleted, and another one is made.
         world.hub.take().expect("it runs").kill().expect("killed");
@@ -297,13 +302,7 @@ fn restarts_and_definitions_lose_nothing_and_idle_writes_nothing() {
                 .kubectl(&["get", "lease", LEASE, "-n", chart::NAMESPACE, "-o", "jsonpath={.metadata.resourceVersion}"])
                 .1
         };
-        let settled = || world.status("tiers.hanse.dev/platform")["policies"] == 3;
-        let counts_due = until(Duration::from_secs(90), async || settled()).await;
-        assert!(
-            counts_due.is_some(),
-            "counts are written within a minute: {}",
-            world.status("tiers.hanse.dev/platform")
-        );
+        counted(&world, 3).await;
         let before = world.writes();
         for _ in 0..3 {
             let last = version();
