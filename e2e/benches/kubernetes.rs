@@ -23,7 +23,7 @@ use hanse_exchange::member::model::Updates;
 use hanse_exchange::model::Position;
 use hanse_kubernetes::Access;
 use hanse_member::own_streams::Ends;
-use hanse_member::source::{Kubernetes, LastGood};
+use hanse_member::source::Location;
 use hanse_member::world::World;
 use hanse_ruleset::UnknownPods;
 use hanse_runtime::health::{Health, Writes};
@@ -99,8 +99,8 @@ fn member(kubeconfig: &Path, data: &Path) {
     hanse_identity::tls::install_provider();
     let start = Instant::now();
     let access = Access { kubeconfig: Some(kubeconfig.to_owned()), context: None };
-    let source = Kubernetes::new(access, data).expect("a source");
-    let mut source = LastGood::new(source, data, Writes::new(&Health::default()));
+    let source = Location::Kubernetes(access).open(&data.into(), Writes::new(&Health::default()));
+    let mut source = source.expect("a source");
     let mut world = World::new("c".into(), UnknownPods::default(), Ends::default());
     // The hub has no policies.
     world.receive(Updates { changes: Vec::new(), in_force: Position { epoch: 1, revision: 1 } });

@@ -99,10 +99,9 @@ impl Instances {
         is_let_in
     }
 
-    /// A process takes the place of the present one, which has agreed to it. True: it is served.
+    /// A process takes the place of the present one, which has agreed to it, and is not the first one any more. True: it is served.
     pub fn succeed(&mut self, newcomer: Instance, now: Instant) -> bool {
-        self.former = self.present.replace((newcomer, now));
-        self.conflict = None;
+        self.former = self.present.replace((newcomer, now)).map(|(former, _)| (former, now));
         true
     }
 
@@ -244,6 +243,19 @@ mod tests {
         assert!(world.take(1, false) && world.take(2, false) && world.take(1, true));
         assert!(!world.take(2, true));
         assert_eq!(world.rivals(), Some((1, 2)));
+    }
+
+    #[test]
+    fn one_that_has_agreed_to_be_replaced_does_not_replace_its_successor() {
+        let mut world = world();
+        assert!(world.take(1, false));
+        let successor = Instance::new(&[2; 16], SocketAddr::from(([192, 0, 2, 2], 1)));
+        assert!(world.instances.succeed(successor, world.now) && world.rivals().is_none());
+        assert!(!world.take(1, true), "it claims to be the first one after all");
+        assert_eq!(world.rivals(), Some((2, 1)));
+        // A successor does not hide what was seen.
+        let next = Instance::new(&[3; 16], SocketAddr::from(([192, 0, 2, 3], 1)));
+        assert!(world.instances.succeed(next, world.now) && world.rivals() == Some((2, 1)));
     }
 
     #[test]

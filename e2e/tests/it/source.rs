@@ -10,7 +10,8 @@ use hanse_api::Diagnostic;
 use hanse_api::assemble::{Assembly, ClusterState};
 use hanse_e2e::kubernetes::{ApiServer, Etcd, Options, manifests, run, until};
 use hanse_kubernetes::Access;
-use hanse_member::source::{self, Kubernetes, LastGood};
+use hanse_member::source::{self, LastGood, Location, Source};
+use hanse_member::state::State;
 use hanse_runtime::health::{Health, Writes};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
@@ -60,12 +61,12 @@ impl Member {
         let access = Access { kubeconfig: Some(kubeconfig.to_owned()), context: None };
         let data = data.to_owned();
         Self::start_with(move || {
-            let source = Kubernetes::new(access, &data).expect("a source");
-            LastGood::new(source, &data, Writes::new(&Health::default()))
+            let writes = Writes::new(&Health::default());
+            Location::Kubernetes(access).open(&State::from(&data), writes).expect("a source")
         })
     }
 
-    fn start_with(open: impl FnOnce() -> LastGood<Kubernetes> + Send + 'static) -> Self {
+    fn start_with(open: impl FnOnce() -> LastGood<Box<dyn Source>> + Send + 'static) -> Self {
         install_provider();
         let (sender, views) = mpsc::channel();
         let (stop, stopped) = mpsc::channel::<()>();
@@ -274,6 +275,20 @@ impl World {
         assert!(gone.is_some(), "the definition goes");
     }
 
+    /// Waits until the state of the member names the definition.
+    async fn until_recorded(&self) {
+        let definitions: Api<CustomResourceDefinition> = Api::all(self.client.clone());
+        let uid = definitions.get(CALICO_NAME).await.expect("it exists").metadata.uid.expect("a uid");
+        let file = self.folder.path().join("source/definitions.json");
+        let is_named = || std::fs::read_to_string(&file).is_ok_and(|text| text.contains(&uid));
+        assert!(until(PATIENCE, async || is_named()).await.is_some(), "{:?}", std::fs::read_to_string(&file));
+    }
+
+    /// The caches of the source, of a member that does not run.
+    fn caches(&self) -> std::path::PathBuf {
+        self.folder.path().join("source/objects.redb")
+    }
+
     async fn delete_calico_policy(&self, name: &str) {
         let command = self.server.kubectl().expect("kubectl");
         let mut command = command;
@@ -407,6 +422,11 @@ fn objects_that_disappear_with_their_definition_stay_in_force() {
         let world = World::new("definitions").await;
         let mut member = world.member();
         member.until("the first list", |it| it.policies() == ["closed"]).await;
+        drop(member);
+        let before = world.folder.path().join("before");
+        std::fs::copy(world.caches(), &before).expect("copied");
+        let mut member = world.member();
+        member.until("the first list", |it| it.policies() == ["closed"]).await;
         // The kind comes later.
         world.define_calico().await;
         for name in ["one", "two", "three"] {
@@ -430,10 +450,26 @@ fn objects_that_disappear_with_their_definition_stay_in_force() {
         drop(member);
         let mut member = world.member();
         member.stays("kept policies", kept).await;
-        assert_eq!(
-            source::kept_objects(world.folder.path()).expect("listed"),
-            [format!("{CALICO_NAME}/one"), format!("{CALICO_NAME}/two")]
-        );
+        let listed = || source::kept_objects(world.folder.path()).expect("listed");
+        assert_eq!(listed(), [format!("{CALICO_NAME}/one"), format!("{CALICO_NAME}/two")]);
+        // With damaged caches.
+        drop(member);
+        std::fs::write(world.caches(), "damaged").expect("written");
+        let mut member = world.member();
+        member.stays("kept policies", kept).await;
+        assert!(listed().len() == 2 && world.caches().with_extension("damaged").exists());
+        // With caches that can be neither opened nor written, and then with those of a process that knew none of them.
+        drop(member);
+        std::fs::remove_file(world.caches()).expect("removed");
+        std::fs::create_dir(world.caches()).expect("a folder");
+        let mut member = world.member();
+        member.stays("kept policies", kept).await;
+        drop(member);
+        std::fs::remove_dir(world.caches()).expect("removed");
+        std::fs::rename(&before, world.caches()).expect("renamed");
+        let mut member = world.member();
+        member.stays("kept policies", kept).await;
+        assert_eq!(listed().len(), 2);
         // The kind returns, with one of them: the other one stays.
         world.define_calico().await;
         world.apply(&calico_policy("one")).await;
@@ -456,6 +492,23 @@ fn objects_that_disappear_with_their_definition_stay_in_force() {
         let mut member = world.member();
         let kept = |it: &View| sorted(it) == ["closed", "four"] && it.has_problem(&["1 object kept in force"]);
         member.stays("a kept policy", kept).await;
+        // It goes again, with the caches of a member that does not run: which policies it had is not known.
+        world.apply(&calico_policy("five")).await;
+        member.until("a policy", |it| sorted(it) == ["closed", "five", "four"]).await;
+        world.until_recorded().await;
+        drop(member);
+        std::fs::write(world.caches(), "damaged").expect("written");
+        world.delete_definition().await;
+        let mut member = world.member();
+        leaders::is_never_synced(&mut member, "a policy is missing").await;
+        let data = world.folder.path().to_owned();
+        let forgotten = std::thread::spawn(move || source::forget(&data, Vec::new(), true));
+        forgotten.join().expect("it does not panic").expect("the member takes the request");
+        member
+            .until("what is known", |it| {
+                it.policies().contains(&"closed".to_owned()) && !it.policies().contains(&"five".to_owned())
+            })
+            .await;
     });
 }
 

@@ -40,7 +40,7 @@ use crate::questions::{Answering, StateRequest};
 use crate::registration::MemberIdentity;
 use crate::report;
 use crate::resolver::Resolver;
-use crate::source::{self, Changes, Earlier, LastGood, Location};
+use crate::source::{Changes, Location};
 use crate::state::moving::take_from_data;
 use crate::state::{SecretName, State};
 use crate::world::World;
@@ -99,10 +99,7 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
     let _lock = lock_data(&options.data)?;
     let reviews = metrics_reviews(&options);
     let mut monitoring = Monitoring::start(&options, reviews.clone(), &shutdown).await?;
-    let Some(Begun { state, leadership, has_own_caches }) = begin(&options, &monitoring, elected, &shutdown).await?
-    else {
-        return Ok(());
-    };
+    let Some((state, leadership)) = begin(&options, &monitoring, elected, &shutdown).await? else { return Ok(()) };
     if leadership.is_some() {
         monitoring.begin();
     }
@@ -136,7 +133,7 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
         });
     }
     let client = Client::restore(&options.data, monitoring.writes.clone(), hubs.clone()).with_leadership(leadership);
-    let mut changes = start_source(&options, &state, has_own_caches, &monitoring.writes, &shutdown)?;
+    let mut changes = start_source(&options, &state, &monitoring.writes, &shutdown)?;
     // Before the source has been read, the state of the cluster is unknown, and nothing new is published or enforced.
     let local = tokio::select! {
         () = stop.cancelled() => return Ok(()),
@@ -181,25 +178,17 @@ struct Monitoring {
     watching: Condition,
 }
 
-/// What a process begins to serve with.
-struct Begun {
-    state: State,
-    leadership: Option<Leadership>,
-    /// The caches in the data directory are those of the last process that served.
-    has_own_caches: bool,
-}
-
 /// The state of the member. If it is in Secrets, waits until this process leads; `None`: it stops before.
 async fn begin(
     options: &Options,
     monitoring: &Monitoring,
     elected: &OnceLock<Leadership>,
     shutdown: &Shutdown,
-) -> anyhow::Result<Option<Begun>> {
+) -> anyhow::Result<Option<(State, Option<Leadership>)>> {
     let data = options.data.as_path();
     let (Some(name), Location::Kubernetes(access)) = (&options.state, &options.source) else {
         State::locate(data, None).context("write in --data")?;
-        return Ok(Some(Begun { state: data.into(), leadership: None, has_own_caches: true }));
+        return Ok(Some((data.into(), None)));
     };
     State::locate(data, Some((access, name))).context("write in --data")?;
     let acquired = Leadership::acquire(access, name, &monitoring.standby, &monitoring.writes, shutdown).await?;
@@ -213,13 +202,11 @@ async fn begin(
             let (data, access, name, writes) = opening;
             let state = State::lead(&data, &access, &name, &writes)?;
             take_from_data(&state)?;
-            let has_own_caches = state.claim_caches().context("claim the caches in --data")?;
-            anyhow::Ok((state, has_own_caches))
+            state.claim_caches().context("claim the caches in --data")?;
+            anyhow::Ok(state)
         });
         match opened.await? {
-            Ok((state, has_own_caches)) => {
-                return Ok(Some(Begun { state, leadership: Some(leadership), has_own_caches }));
-            }
+            Ok(state) => return Ok(Some((state, Some(leadership)))),
             Err(error) => {
                 let error = format!("{error:#}");
                 tracing::error!(error, state = %name, "state of the member not usable: nothing is served, nodes keep their rules");
@@ -328,33 +315,22 @@ fn metrics_reviews(options: &Options) -> Option<Reviews> {
 fn start_source(
     options: &Options,
     state: &State,
-    has_own_caches: bool,
     writes: &Writes,
     shutdown: &Shutdown,
 ) -> anyhow::Result<mpsc::Receiver<Changes>> {
     let (sender, receiver) = mpsc::channel::<Changes>(1);
     let (location, state, writes) = (options.source.clone(), state.clone(), writes.clone());
-    let earlier = match has_own_caches {
-        true => Earlier::default(),
-        false => source::earlier(&state).context("read the objects that are kept")?,
-    };
-    // A thread that starts again has the caches of the one before.
-    let mut is_read = false;
     let read = move || {
-        let earlier = if is_read { Earlier::default() } else { earlier.clone() };
-        let source = match location.open(&state, earlier.missing) {
+        let mut source = match location.open(&state, writes.clone()) {
             Ok(source) => source,
             Err(error) => panic!("the source cannot be opened: {error}"),
         };
-        let texts = earlier.texts.into_iter().map(|(origin, text)| (Path::new(&origin).into(), text.into_bytes()));
-        let mut source = LastGood::new(source, state.data(), writes.clone()).with_texts(texts);
         while !sender.is_closed() {
             let began = Instant::now();
-            if let Some(changes) = source.poll() {
-                is_read = true;
-                if sender.blocking_send(changes).is_err() {
-                    return;
-                }
+            if let Some(changes) = source.poll()
+                && sender.blocking_send(changes).is_err()
+            {
+                return;
             }
             std::thread::sleep(source.pause(began.elapsed()));
         }

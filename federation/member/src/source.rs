@@ -19,7 +19,7 @@ use hanse_api::manifest::Manifests;
 use hanse_api::{Diagnostic, Manifest};
 
 pub use self::directory::Directory;
-pub use self::kubernetes::{Earlier, Kubernetes, Missing, earlier, forget, kept_objects};
+pub use self::kubernetes::{Kubernetes, forget, kept_objects};
 pub use self::last_good::{LastGood, Objects};
 pub use self::location::Location;
 pub use self::problems::{ProblemChange, Problems};

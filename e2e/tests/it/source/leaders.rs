@@ -1,6 +1,6 @@
 //! Leaders that follow each other, with the state in Secrets and caches of their own.
 
-use hanse_member::state::{SecretName, State};
+use hanse_member::state::SecretName;
 use serde_json::json;
 
 use super::*;
@@ -41,10 +41,7 @@ impl<'a> Leaders<'a> {
             let writes = Writes::new(&Health::default());
             let state = State::lead(&data, &access, &of, &writes).expect("the state is read");
             assert!(!state.claim_caches().expect("claimed"), "they are empty");
-            let earlier = source::earlier(&state).expect("read");
-            let source = Kubernetes::new(of_source, &state).expect("a source").with_missing(earlier.missing);
-            let texts = earlier.texts.into_iter().map(|(origin, text)| (Path::new(&origin).into(), text.into_bytes()));
-            LastGood::new(source, &data, writes).with_texts(texts)
+            Location::Kubernetes(of_source).open(&state, writes).expect("a source")
         })
     }
 
@@ -74,7 +71,7 @@ impl<'a> Leaders<'a> {
     }
 }
 
-async fn is_never_synced(member: &mut Member, why: &str) {
+pub(super) async fn is_never_synced(member: &mut Member, why: &str) {
     for _ in 0..60 {
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!member.view().is_synced, "{why}: {:?}", member.last.policies());

@@ -17,6 +17,12 @@ use tonic::Status;
 
 /// A process that another one has replaced has ended if it does not return within this time.
 const RETURNS_WITHIN: Duration = Duration::from_secs(60);
+/// A former leader that can reach its API server ends within this time. One that tries for longer is cut off, or a copy.
+const ENDS_WITHIN: Duration = Duration::from_secs(60);
+/// One that does not try for this time has ended.
+const TRIES_EVERY: Duration = Duration::from_secs(60);
+/// One that goes on to try is logged once in this time.
+const WARN_EVERY: Duration = Duration::from_secs(600);
 
 /// One entry for each cluster that has published since the start.
 #[derive(Debug, Default)]
@@ -29,6 +35,32 @@ struct Process {
     present: Weak<CancellationToken>,
     /// Another process may be elected in its place.
     yields: bool,
+    /// Processes that yield are refused.
+    yielding: Option<Yielding>,
+}
+
+/// Attempts of processes that may have been replaced, while another one is served.
+#[derive(Debug, Clone, Copy)]
+struct Yielding {
+    since: Instant,
+    seen: Instant,
+    warned: Option<Instant>,
+}
+
+impl Process {
+    /// A process that yields is refused. Since when that goes on, where it is to be logged now.
+    fn refuse_yielding(&mut self, now: Instant) -> Option<Instant> {
+        let goes_on = self.yielding.filter(|it| now.duration_since(it.seen) < TRIES_EVERY);
+        let mut yielding = goes_on.unwrap_or(Yielding { since: now, seen: now, warned: None });
+        yielding.seen = now;
+        let is_due = now.duration_since(yielding.since) >= ENDS_WITHIN
+            && yielding.warned.is_none_or(|at| now.duration_since(at) >= WARN_EVERY);
+        if is_due {
+            yielding.warned = Some(now);
+        }
+        self.yielding = Some(yielding);
+        is_due.then_some(yielding.since)
+    }
 }
 
 /// A stream of the process that is served. The process is served as long as one of these exists.
@@ -69,6 +101,13 @@ impl Processes {
         let present = process.present.upgrade();
         let stays = process.instances.is_present(&instance);
         if present.is_some() && !stays && yields {
+            if let Some(since) = process.refuse_yielding(now) {
+                let (served, refused) = (process.instances.served(), instance.address());
+                tracing::warn!(
+                    %cluster, served = served.map(tracing::field::display), %refused, seconds = now.duration_since(since).as_secs(),
+                    "a member that may have been replaced goes on to try: it does not reach its API server, or the cluster's key was copied"
+                );
+            }
             return Err(Status::aborted(format!("another member of cluster {cluster} was elected to publish")));
         }
         let is_admitted = match present.is_some() && !stays && process.yields {
@@ -185,5 +224,25 @@ mod tests {
         assert!(former.is_replaced() && again.is_replaced() && !elected.is_replaced());
         assert!(processes.conflict(&cluster).is_none());
         assert!(processes.admit(&cluster, instance(1), true, None).is_err());
+        // It has agreed to be replaced: without its word, it is a copy.
+        assert!(processes.admit(&cluster, instance(1), false, None).is_err() && !elected.is_replaced());
+        assert!(processes.conflict(&cluster).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_former_process_that_does_not_end_is_logged_once_in_ten_minutes() {
+        let mut process = Process::default();
+        let second = Duration::from_secs(1);
+        let mut logged = Vec::new();
+        for _ in 0..ENDS_WITHIN.as_secs() + WARN_EVERY.as_secs() + 5 {
+            logged.extend(process.refuse_yielding(Instant::now()).map(|since| since.elapsed()));
+            tokio::time::advance(second).await;
+        }
+        assert_eq!(logged, [ENDS_WITHIN, ENDS_WITHIN + WARN_EVERY]);
+        // Another one, later.
+        tokio::time::advance(TRIES_EVERY).await;
+        assert_eq!(process.refuse_yielding(Instant::now()), None);
+        tokio::time::advance(ENDS_WITHIN - second).await;
+        assert_eq!(process.refuse_yielding(Instant::now()), None, "it has not been trying for a minute");
     }
 }

@@ -47,6 +47,7 @@ pub struct Kept {
     hashes: HashMap<Arc<Path>, u64>,
     hasher: RandomState,
     is_revision_written: bool,
+    is_whole: bool,
     /// When the next write is due.
     write_at: Instant,
 }
@@ -77,6 +78,7 @@ impl Kept {
             hashes: HashMap::new(),
             hasher: RandomState::new(),
             is_revision_written: true,
+            is_whole: false,
             write_at: Instant::now(),
         };
         match this.connect() {
@@ -92,8 +94,15 @@ impl Kept {
             }
             Err(error) => this.note(&Err(error)),
         }
-        this.read_hashes();
+        // Revisions begin when the whole source was read.
+        this.is_whole = this.read_hashes() && this.revision > 0;
         this
+    }
+
+    /// Whether the file was found as an earlier process wrote it after the whole source was read. Otherwise, it is not known which origins
+    /// are lost.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     /// Opens the file, or creates it.
@@ -122,8 +131,8 @@ impl Kept {
         self.hashes.keys()
     }
 
-    /// The hashes of stored texts.
-    fn read_hashes(&mut self) {
+    /// Reads the hashes of stored texts. Returns whether it could.
+    fn read_hashes(&mut self) -> bool {
         let read = |database: &Database| -> Result<HashMap<Arc<Path>, u64>, redb::Error> {
             let texts = database.begin_read()?.open_table(TEXTS)?;
             let mut hashes = HashMap::new();
@@ -135,10 +144,12 @@ impl Kept {
             Ok(hashes)
         };
         let hashes = self.database.as_ref().map_or_else(|| Ok(HashMap::new()), read);
+        let is_read = hashes.is_ok();
         self.hashes = hashes.unwrap_or_else(|error| {
             tracing::warn!(%error, path = %self.path.display(), "last good states cannot be listed");
             HashMap::new()
         });
+        is_read
     }
 
     /// The stored text of an origin, whether it is written or not.

@@ -30,7 +30,8 @@ use super::{Event, Objects, Source};
 use crate::state::State as Files;
 use hanse_kubernetes::Access;
 
-pub use self::forgetting::{Earlier, Missing, earlier, forget, kept_objects};
+pub(super) use self::forgetting::{Earlier, Missing, earlier};
+pub use self::forgetting::{forget, kept_objects};
 
 /// A poll without changes takes this long.
 const WAIT: Duration = Duration::from_millis(100);
@@ -106,7 +107,7 @@ impl Kubernetes {
 
     /// With objects of an earlier process that are missing: nothing is reported before they are read, or forgotten.
     #[must_use]
-    pub fn with_missing(self, mut missing: Missing) -> Self {
+    pub(super) fn with_missing(self, mut missing: Missing) -> Self {
         // Another version may have read other kinds.
         let is_read =
             |definition: &Path| COLLECTIONS.iter().any(|it| it.is_custom && definition.starts_with(it.origin()));

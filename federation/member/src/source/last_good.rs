@@ -10,7 +10,6 @@ use hanse_api::Diagnostic;
 use hanse_api::assemble::{Candidates, ObjectKey, Position};
 use hanse_api::manifest::Manifest;
 use hanse_api::shared::Shared;
-use hanse_runtime::health::Writes;
 
 use super::kept::Kept;
 use super::problems::{ProblemChange, Scope, limited, log_new};
@@ -94,9 +93,8 @@ impl Origin {
 }
 
 impl<S: Source> LastGood<S> {
-    /// `data`: the data directory. `writes`: reports failed writes.
-    pub fn new(source: S, data: &Path, writes: Writes) -> Self {
-        let kept = Kept::open(data, writes);
+    /// `kept`: the texts of an earlier process.
+    pub fn new(source: S, kept: Kept) -> Self {
         let objects = Objects {
             candidates: Candidates::default(),
             shared: Shared::default(),
@@ -114,12 +112,13 @@ impl<S: Source> LastGood<S> {
         Self { source, objects, is_started: false }
     }
 
-    /// With the texts of origins that an earlier process has stored elsewhere.
+    /// With the texts of origins that an earlier process has stored elsewhere; those of its own file are newer.
     #[must_use]
     pub fn with_texts(mut self, texts: impl Iterator<Item = (Arc<Path>, Vec<u8>)>) -> Self {
         for (origin, text) in texts {
-            self.objects.kept.keep(Arc::clone(&origin), text);
-            self.objects.unloaded.insert(origin);
+            if self.objects.unloaded.insert(Arc::clone(&origin)) {
+                self.objects.kept.keep(origin, text);
+            }
         }
         self
     }

@@ -1,10 +1,14 @@
 //! Which source a member has.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::{Directory, Kubernetes, Missing, Source};
-use crate::state::State;
 use hanse_kubernetes::Access;
+use hanse_runtime::health::Writes;
+
+use super::kept::Kept;
+use super::kubernetes::{Earlier, Missing, earlier};
+use super::{Directory, Kubernetes, LastGood, Source};
+use crate::state::State;
 
 /// Where the objects of a cluster are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,14 +20,23 @@ pub enum Location {
 }
 
 impl Location {
-    /// The source at this location. `state`: of the member. `missing`: see [`Kubernetes::with_missing`].
+    /// The source at this location, with what an earlier process knew of it. `state`: of the member. `writes`: reports failed writes.
     ///
     /// # Errors
-    /// When the system refuses what the source needs.
-    pub fn open(&self, state: &State, missing: Missing) -> std::io::Result<Box<dyn Source>> {
-        Ok(match self {
-            Self::Directory(path) => Box::new(Directory::new(path)),
-            Self::Kubernetes(access) => Box::new(Kubernetes::new(access.clone(), state)?.with_missing(missing)),
-        })
+    /// When the system refuses what the source needs; when the state cannot be read.
+    pub fn open(&self, state: &State, writes: Writes) -> std::io::Result<LastGood<Box<dyn Source>>> {
+        let kept = Kept::open(state.data(), writes);
+        match self {
+            Self::Directory(path) => Ok(LastGood::new(Box::new(Directory::new(path)), kept)),
+            Self::Kubernetes(access) => {
+                let Earlier { texts, missing } = earlier(state)?;
+                // A process with caches of its own knows what was in force.
+                let missing = if kept.is_whole() { Missing::default() } else { missing };
+                let source = Kubernetes::new(access.clone(), state)?.with_missing(missing);
+                // Its caches may lack what it could not write.
+                let texts = texts.into_iter().map(|(origin, text)| (Path::new(&origin).into(), text.into_bytes()));
+                Ok(LastGood::new(Box::new(source) as Box<dyn Source>, kept).with_texts(texts))
+            }
+        }
     }
 }

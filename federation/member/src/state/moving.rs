@@ -9,9 +9,17 @@ use super::layout::ROOT;
 
 /// The certificate, whose presence means that the cluster has joined: it is written last.
 const JOINED: &str = "member.pem";
-/// The files of the member itself.
-const FILES: [&str; 6] =
-    [ROOT, "intermediate.pem", "member.next.pem", "intermediate.next.pem", "term", "newest-node-at-start"];
+/// The files of the member itself, and of what it has in force of kinds that may have been deleted.
+const FILES: [&str; 8] = [
+    ROOT,
+    "intermediate.pem",
+    "member.next.pem",
+    "intermediate.next.pem",
+    "term",
+    "newest-node-at-start",
+    "source/texts.json",
+    "source/definitions.json",
+];
 const FOLDERS: [&str; 2] = ["nodes", "node-tokens"];
 
 /// Moves the state in the data directory into the Secrets of `state`, if these have none. Afterwards, the directory contains no key.

@@ -3,6 +3,7 @@ use hanse_api::assemble::Assembly;
 use hanse_runtime::health::{Health, Writes};
 
 use super::*;
+use crate::source::kept::Kept;
 use crate::source::{LastGood, Problems};
 
 const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: a}\nstatus: {podIP: 10.0.0.1}\n";
@@ -25,7 +26,7 @@ impl World {
 
     fn open(folder: &Path) -> LastGood<Directory> {
         let directory = Directory::new(&folder.join("cluster"));
-        LastGood::new(directory, &folder.join("data"), Writes::new(&Health::default()))
+        LastGood::new(directory, Kept::open(&folder.join("data"), Writes::new(&Health::default())))
     }
 
     /// A member that starts again on the same files.
@@ -307,7 +308,7 @@ fn removes_files_deleted_while_stopped() {
     assert_eq!(world.look().expect("what was kept").0, ["q"]);
     let (cluster, data) = (world.folder.path().join("another"), world.folder.path().join("data"));
     world.stop();
-    world.source = Some(LastGood::new(Directory::new(&cluster), &data, Writes::new(&Health::default())));
+    world.source = Some(LastGood::new(Directory::new(&cluster), Kept::open(&data, Writes::new(&Health::default()))));
     assert!(world.look().is_none(), "nothing is known of it");
 }
 

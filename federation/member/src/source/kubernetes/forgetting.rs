@@ -1,8 +1,8 @@
 //! Kept objects are listed in one file of the state, and forgotten by a request in another one.
 //!
-//! A state in Secrets also contains their texts: another process may lead next, which has never read them, and cannot read them any more.
-//! It also contains the definitions under which objects are in force. If a definition is deleted while no process leads, and the next leader
-//! has empty caches, this is the only trace of its objects: they are missing, and not deleted.
+//! The state also contains their texts: the caches of a process may be lost or damaged, another one may lead next, and none can read these
+//! objects any more. It also contains the definitions under which objects are in force. If a definition is deleted while no process runs,
+//! and the next one has no caches, this is the only trace of its objects: they are missing, and not deleted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -77,7 +77,9 @@ impl Missing {
 pub type KeptObject = String;
 
 fn read<T: serde::de::DeserializeOwned>(state: &State, file: &str) -> io::Result<Option<T>> {
-    Ok(state.read(file)?.map(|text| serde_json::from_slice(&text)).transpose()?)
+    let context = |error: &dyn std::fmt::Display| io::Error::other(format!("{file}: {error}"));
+    let text = state.read(file).map_err(|error| context(&error))?;
+    text.map(|text| serde_json::from_slice(&text)).transpose().map_err(|error| context(&error))
 }
 
 /// The kept objects of the member with this state.
@@ -107,7 +109,7 @@ pub fn forget(state: impl Into<State>, objects: Vec<KeptObject>, all: bool) -> i
     Ok(())
 }
 
-/// What an earlier process had in force, from a state in Secrets.
+/// What an earlier process had in force, from its state.
 ///
 /// # Errors
 /// When a file cannot be read.
@@ -190,22 +192,20 @@ impl Requests {
         let names = kept.iter().map(|origin| name_of(origin)).take_while(|name| fits(name.len() + 4, MAX_NAME_BYTES));
         let names = Names { objects: names.collect(), all: false };
         let mut texts = Texts::default();
-        if self.state.is_in_secrets() {
-            let mut bytes = 0;
-            for origin in &kept {
-                let text = text_of(origin).and_then(|text| String::from_utf8(text).ok());
-                let (Some(origin), Some(text)) = (origin.to_str(), text) else {
-                    texts.omitted += 1;
-                    continue;
-                };
-                let length = stored_length(origin) + stored_length(&text);
-                if bytes + length > MAX_TEXT_BYTES {
-                    texts.omitted += 1;
-                    continue;
-                }
-                bytes += length;
-                texts.texts.insert(origin.to_owned(), text);
+        let mut bytes = 0;
+        for origin in &kept {
+            let text = text_of(origin).and_then(|text| String::from_utf8(text).ok());
+            let (Some(origin), Some(text)) = (origin.to_str(), text) else {
+                texts.omitted += 1;
+                continue;
+            };
+            let length = stored_length(origin) + stored_length(&text);
+            if bytes + length > MAX_TEXT_BYTES {
+                texts.omitted += 1;
+                continue;
             }
+            bytes += length;
+            texts.texts.insert(origin.to_owned(), text);
         }
         match self.write(&names, &texts) {
             Ok(()) => self.written = Some(kept),
@@ -218,10 +218,10 @@ impl Requests {
         true
     }
 
-    /// Records the definitions of the objects in force in Secrets: with caches of its own, a process knows these objects.
+    /// Records the definitions of the objects in force.
     pub fn write_definitions(&mut self, now: BTreeSet<PathBuf>) {
         let is_due = Instant::now() >= self.write_definitions_at;
-        if !self.state.is_in_secrets() || self.definitions.as_ref() == Some(&now) || !is_due {
+        if self.definitions.as_ref() == Some(&now) || !is_due {
             return;
         }
         let written = || -> io::Result<()> {
@@ -239,14 +239,11 @@ impl Requests {
     }
 
     fn write(&self, names: &Names, texts: &Texts) -> io::Result<()> {
-        if self.state.is_in_secrets() {
-            let is_new = read::<Texts>(&self.state, TEXTS)?.unwrap_or_default() != *texts;
-            if is_new {
-                self.state.write(TEXTS, &serde_json::to_vec(texts)?)?;
-            }
-            if read::<Names>(&self.state, KEPT)?.unwrap_or_default() == *names {
-                return Ok(());
-            }
+        if read::<Texts>(&self.state, TEXTS)?.unwrap_or_default() != *texts {
+            self.state.write(TEXTS, &serde_json::to_vec(texts)?)?;
+        }
+        if read::<Names>(&self.state, KEPT)?.unwrap_or_default() == *names {
+            return Ok(());
         }
         self.state.write(KEPT, &serde_json::to_vec(names)?)
     }

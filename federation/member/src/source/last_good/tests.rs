@@ -2,7 +2,7 @@ use std::collections::VecDeque;
 
 use hanse_api::assemble::{Assembly, key_of};
 use hanse_api::manifest::{Manifests, read_bytes};
-use hanse_runtime::health::Health;
+use hanse_runtime::health::{Health, Writes};
 
 use super::super::problems::Problems;
 use super::*;
@@ -61,14 +61,15 @@ fn list(pods: impl IntoIterator<Item = Event>) -> Vec<Event> {
 impl World {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let source = Some(LastGood::new(Script::default(), folder.path(), Writes::new(&Health::default())));
+        let source = Some(LastGood::new(Script::default(), Kept::open(folder.path(), Writes::new(&Health::default()))));
         Self { folder, source, assembly: Assembly::new("c".into()), problems: Problems::default() }
     }
 
     fn restart(&mut self) {
         // Two sources cannot use one data directory.
         self.source = None;
-        self.source = Some(LastGood::new(Script::default(), self.folder.path(), Writes::new(&Health::default())));
+        self.source =
+            Some(LastGood::new(Script::default(), Kept::open(self.folder.path(), Writes::new(&Health::default()))));
         (self.assembly, self.problems) = (Assembly::new("c".into()), Problems::default());
     }
 
