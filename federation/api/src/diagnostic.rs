@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use smol_str::SmolStr;
+
 /// A line of a file; one-based.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SourceLocation {
@@ -45,11 +47,11 @@ pub enum NotObject {
     Patch,
 }
 
-/// Names an object as it is written.
+/// Names an object as it is written. Short texts are kept in place: every object has one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Reference {
-    pub api_version: String,
-    pub kind: String,
-    pub namespace: Option<String>,
-    pub name: String,
+    pub api_version: SmolStr,
+    pub kind: SmolStr,
+    pub namespace: Option<SmolStr>,
+    pub name: SmolStr,
 }

@@ -44,7 +44,7 @@ pub struct Pod {
     pub controller: Option<Arc<str>>,
     pub labels: SharedLabels,
     pub service_account: Arc<str>,
-    pub ports: Vec<ContainerPort>,
+    pub ports: Arc<[ContainerPort]>,
     pub node: Option<Arc<str>>,
     pub host_network: bool,
     pub phase: PodPhase,
@@ -66,7 +66,7 @@ pub enum PodPhase {
 }
 
 /// A port that a container declares.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ContainerPort {
     pub name: Option<Arc<str>>,
     pub protocol: u8,

@@ -204,7 +204,7 @@ impl PodSpec {
         self.ports().filter_map(named).collect()
     }
 
-    fn converted_ports(&self) -> Vec<inventory::ContainerPort> {
+    fn converted_ports(&self) -> Arc<[inventory::ContainerPort]> {
         let convert = |port: &ContainerPort| {
             let (name, port, protocol) = (port.name.clone(), port.container_port, port.protocol_number()?);
             Some(inventory::ContainerPort { name, protocol, port })
@@ -290,6 +290,8 @@ impl Pod {
                 reported.push(address);
             }
         }
+        // Most pods have one, and there are many pods.
+        reported.shrink_to_fit();
         reported
     }
 }

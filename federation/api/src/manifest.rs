@@ -4,6 +4,8 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use smol_str::SmolStr;
+
 use crate::diagnostic::{Diagnostic, NotObject, Reference, SourceLocation};
 use crate::document::{self, FaultKind, Locator, Node, Notes, SyntaxError};
 use crate::field::FieldError;
@@ -26,7 +28,7 @@ pub struct Skipped {
 #[derive(Debug, Clone)]
 pub struct Manifest {
     pub location: SourceLocation,
-    pub reference: Reference,
+    pub reference: Arc<Reference>,
     pub object: Object,
     /// How many fields its root, metadata and spec have: fewer than the whole object where it is a patch of it.
     pub fields: usize,
@@ -79,8 +81,8 @@ impl Manifests {
 
     /// The reference of an object that is accepted, with its name and its namespace.
     fn completed(&self, reference: Reference, generated: Option<String>, is_namespaced: bool) -> Reference {
-        let default = self.default_namespace.as_deref().filter(|_| is_namespaced).map(str::to_owned);
-        let (name, namespace) = (generated.unwrap_or(reference.name), reference.namespace.or(default));
+        let default = self.default_namespace.as_deref().filter(|_| is_namespaced).map(SmolStr::new);
+        let (name, namespace) = (generated.map_or(reference.name, SmolStr::from), reference.namespace.or(default));
         Reference { name, namespace, ..reference }
     }
 }
@@ -271,7 +273,7 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
                 if let Some(namespace) =
                     read.default_namespace.clone().filter(|_| workload.reference.namespace.is_none())
                 {
-                    workload.reference.namespace = Some(namespace.to_string());
+                    workload.reference.namespace = Some(SmolStr::new(&*namespace));
                     workload.metadata.namespace = Some(namespace);
                 }
                 read.workloads.push(workload);
@@ -298,9 +300,9 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
                 refuse(read, "metadata.name", "is missing".into(), Some(reference));
             }
             generated => {
-                reference.name = generated.unwrap_or(reference.name);
+                reference.name = generated.map_or(reference.name, SmolStr::from);
                 read.not_storable.extend(located(file, node, &reference, not_storable));
-                let reference = read.completed(reference, None, object.is_namespaced());
+                let reference = Arc::new(read.completed(reference, None, object.is_namespaced()));
                 read.objects.push(Manifest { location, reference, object, fields });
             }
         },
@@ -314,7 +316,7 @@ fn read_node(file: &Arc<str>, node: Node<'_>, read: &mut Manifests) {
                 refuse(read, &error.path, error.message, Some(reference.clone()));
             }
             if let Some(object) = partial.filter(|_| generated.is_some() || !reference.name.is_empty()) {
-                let reference = read.completed(reference, generated, object.is_namespaced());
+                let reference = Arc::new(read.completed(reference, generated, object.is_namespaced()));
                 read.partial.push(Manifest { location, reference, object, fields });
             }
         }
@@ -397,7 +399,7 @@ pub fn items(node: Node<'_>) -> Option<Result<impl Iterator<Item = Node<'_>>, Fi
 fn reference(node: Node<'_>) -> Reference {
     let text_at = |path: &[&str]| {
         let found = path.iter().try_fold(node, |node, name| node.child(name));
-        found.and_then(Node::text).unwrap_or_default().to_owned()
+        SmolStr::new(found.and_then(Node::text).unwrap_or_default())
     };
     Reference {
         api_version: text_at(&["apiVersion"]),

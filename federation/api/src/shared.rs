@@ -5,17 +5,18 @@ use std::sync::Arc;
 
 use hanse_policy::inventory::SharedLabels;
 
-use crate::inventory::Pod;
+use crate::inventory::{ContainerPort, Pod};
 use crate::object::Object;
 
 /// Below this number of values nothing is looked for that is no longer used.
 const FEW: usize = 1_024;
 
-/// Values that objects share. Pods of one workload have the same labels, account, owner and names of ports, and those of a node its name.
+/// Values that objects share. Pods of one workload have the same labels, account, owner and ports, and those of a node its name.
 #[derive(Debug, Default)]
 pub struct Shared {
     texts: HashSet<Arc<str>>,
     labels: HashSet<SharedLabels>,
+    ports: HashSet<Arc<[ContainerPort]>>,
     /// The number of values at which unused ones are removed.
     sweep_at: usize,
 }
@@ -29,19 +30,27 @@ impl Shared {
             Some(known) => labels.clone_from(known),
             None => drop(self.labels.insert(labels.clone())),
         }
-        let names = ports.iter_mut().filter_map(|port| port.name.as_mut());
-        for text in [&mut id.namespace, controller, node].into_iter().flatten().chain([service_account]).chain(names) {
+        match self.ports.get(ports) {
+            Some(known) => ports.clone_from(known),
+            None => drop(self.ports.insert(Arc::clone(ports))),
+        }
+        for text in [&mut id.namespace, controller, node].into_iter().flatten().chain([service_account]) {
             match self.texts.get(text) {
                 Some(known) => text.clone_from(known),
                 None => drop(self.texts.insert(Arc::clone(text))),
             }
         }
-        if self.texts.len() + self.labels.len() > self.sweep_at.max(FEW) {
+        if self.len() > self.sweep_at.max(FEW) {
             self.texts.retain(|text| Arc::strong_count(text) > 1);
             self.labels.retain(SharedLabels::is_shared);
+            self.ports.retain(|ports| Arc::strong_count(ports) > 1);
             // As many again may come before the next look.
-            self.sweep_at = 2 * (self.texts.len() + self.labels.len());
+            self.sweep_at = 2 * self.len();
         }
+    }
+
+    fn len(&self) -> usize {
+        self.texts.len() + self.labels.len() + self.ports.len()
     }
 }
 
@@ -52,7 +61,8 @@ mod tests {
 
     fn pod(name: &str, app: &str) -> Object {
         let text = format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: a, labels: {{app: {app}}}}}\nspec: {{nodeName: one}}\n"
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: a, labels: {{app: {app}}}}}\nspec:\n  nodeName: one\n  \
+             containers: [{{name: c, ports: [{{containerPort: 80, name: {app}}}]}}]\n"
         );
         let mut read = Manifests::default();
         read_bytes(&"pod".into(), text.as_bytes(), &mut read);
@@ -67,10 +77,11 @@ mod tests {
         let [Object::Pod(a), Object::Pod(b)] = &objects[..] else { panic!("two pods") };
         assert!(a.labels.is_shared() && std::ptr::eq(&*a.labels, &*b.labels));
         assert!(a.node.as_ref().zip(b.node.as_ref()).is_some_and(|(a, b)| Arc::ptr_eq(a, b)));
+        assert!(a.ports.len() == 1 && Arc::ptr_eq(&a.ports, &b.ports));
         for number in 0..10_000 {
             shared.share(&mut pod("c", &format!("app-{number}")));
         }
-        assert!(shared.labels.len() + shared.texts.len() <= FEW + 1, "{}", shared.labels.len());
+        assert!(shared.len() <= FEW + 1, "{}", shared.labels.len());
         assert!(shared.labels.contains(&a.labels), "what is used stays");
     }
 }

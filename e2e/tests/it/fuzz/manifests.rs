@@ -119,7 +119,7 @@ impl Target for Files {
         }
         means_what_its_json_means(input, &read);
         judge(&read);
-        let mut how: Vec<String> = read.objects.iter().map(|it| it.reference.kind.clone()).collect();
+        let mut how: Vec<String> = read.objects.iter().map(|it| it.reference.kind.to_string()).collect();
         how.extend(read.diagnostics.iter().map(|it| format!("{}: {}", it.field, it.message)));
         how.sort();
         how.dedup();

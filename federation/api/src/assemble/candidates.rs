@@ -41,8 +41,7 @@ impl Candidates {
     /// Puts an object, in the place of one that has the same key and position. Returns its key.
     pub fn put(&mut self, position: Position, manifest: Manifest) -> Arc<ObjectKey> {
         let key = key_of(&manifest);
-        let known = self.objects.get_key_value(&key).map(|(key, _)| Arc::clone(key));
-        let key = known.unwrap_or_else(|| Arc::new(key));
+        let key = self.objects.get_key_value(&key).map_or(key, |(key, _)| Arc::clone(key));
         let candidates = self.objects.entry(Arc::clone(&key)).or_insert_with(|| Vec::with_capacity(1));
         match candidates.binary_search_by(|(it, _)| it.cmp(&position)) {
             Ok(at) => candidates[at].1 = Arc::new(manifest),

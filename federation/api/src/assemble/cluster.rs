@@ -92,10 +92,10 @@ impl Objects {
 
     fn pod(&self, id: &EndpointId) -> Option<&Pod> {
         let key = Reference {
-            api_version: "v1".to_owned(),
-            kind: "Pod".to_owned(),
-            namespace: id.namespace.as_deref().map(str::to_owned),
-            name: id.name.to_string(),
+            api_version: "v1".into(),
+            kind: "Pod".into(),
+            namespace: id.namespace.as_deref().map(Into::into),
+            name: (&*id.name).into(),
         };
         self.get(&key).and_then(|manifest| pod_of(manifest))
     }
@@ -130,10 +130,10 @@ impl Assembly {
     /// Where packets to a port of a service go: the endpoints of this port, ready or not. Empty if the service or port does not exist.
     pub fn backends(&self, service: &NamespacedName, protocol: u8, port: u16) -> BTreeSet<SocketAddr> {
         let key = Reference {
-            api_version: "v1".to_owned(),
-            kind: "Service".to_owned(),
-            namespace: Some(service.0.to_string()),
-            name: service.1.to_string(),
+            api_version: "v1".into(),
+            kind: "Service".into(),
+            namespace: Some((&*service.0).into()),
+            name: (&*service.1).into(),
         };
         let ports = match self.objects.get(&key).map(|it| &it.object) {
             Some(Object::Service(service)) => &service.ports[..],
@@ -157,6 +157,7 @@ impl Assembly {
     /// Applies changes of objects. The cost is that of these objects, and of what depends on them; it grows with the logarithm of
     /// the cluster's size, but for a copy of the state while another owner of it exists.
     pub fn update(&mut self, changes: impl IntoIterator<Item = ObjectChange>) -> Changed {
+        let is_first = self.objects.0.is_empty();
         let mut turns: BTreeMap<Arc<Reference>, Turn> = BTreeMap::new();
         for ObjectChange { key, object } in changes {
             let before = match &object {
@@ -186,6 +187,15 @@ impl Assembly {
         self.take_namespaces(&turns, &mut changed);
         self.take_services(&turns, &mut changed);
         self.take_policies(&turns, &mut changed);
+        if is_first {
+            let state = Arc::make_mut(&mut self.state);
+            pack(&mut state.cluster.endpoints);
+            pack(&mut state.cluster.services);
+            pack(&mut state.layer.policies);
+            pack(&mut self.defined);
+            pack(&mut self.slices);
+            self.claims = std::mem::take(&mut self.claims).into_iter().collect();
+        }
         changed
     }
 
@@ -320,10 +330,10 @@ impl Assembly {
         }
         for name in touched {
             let key = Reference {
-                api_version: "v1".to_owned(),
-                kind: "Namespace".to_owned(),
+                api_version: "v1".into(),
+                kind: "Namespace".into(),
                 namespace: None,
-                name: name.to_string(),
+                name: (&*name).into(),
             };
             let written = self.objects.get(&key).and_then(|manifest| match &manifest.object {
                 Object::Namespace(namespace) => Some(namespace.labels.clone()),
@@ -463,6 +473,11 @@ fn put<K: Ord + Clone, V>(map: &mut BTreeMap<K, V>, key: K, now: Option<V>, chan
         Some(now) => drop(map.insert(key, now)),
         None => drop(map.remove(&key)),
     }
+}
+
+/// Frees the unused half of a map whose entries came in their order: each full node is split, and what comes later is put into one half.
+fn pack<K: Ord, V>(map: &mut BTreeMap<K, V>) {
+    *map = std::mem::take(map).into_iter().collect();
 }
 
 fn pod_of(manifest: &Manifest) -> Option<&Pod> {

@@ -2,6 +2,9 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+use smol_str::SmolStr;
 
 use crate::calico;
 use crate::diagnostic::{Diagnostic, Reference, SourceLocation};
@@ -14,7 +17,7 @@ pub fn duplicates(objects: &[Manifest]) -> Vec<Diagnostic> {
 }
 
 /// The key that an API server has an object under.
-pub fn key_of(manifest: &Manifest) -> Reference {
+pub fn key_of(manifest: &Manifest) -> Arc<Reference> {
     let reference = &manifest.reference;
     let api_version = match reference.api_version.as_str() {
         // The two API groups of Calico name the same objects.
@@ -22,10 +25,12 @@ pub fn key_of(manifest: &Manifest) -> Reference {
         other => other,
     };
     let is_namespaced = manifest.object.is_namespaced();
-    let namespace = is_namespaced.then(|| reference.namespace.as_deref().unwrap_or("default").to_owned());
+    let namespace = is_namespaced.then(|| reference.namespace.clone().unwrap_or_else(|| "default".into()));
     // And one may store them under another name.
-    let name = manifest.object.own_name().map_or_else(|| reference.name.clone(), ToString::to_string);
-    Reference { api_version: api_version.to_owned(), kind: reference.kind.clone(), namespace, name }
+    let name = manifest.object.own_name().map_or_else(|| reference.name.clone(), SmolStr::new);
+    let key = Reference { api_version: api_version.into(), kind: reference.kind.clone(), namespace, name };
+    // Most objects are called what they are stored as.
+    if key == **reference { Arc::clone(reference) } else { Arc::new(key) }
 }
 
 /// The diagnostic of an object whose key another one had before it.
@@ -36,7 +41,7 @@ pub(super) fn duplicate(manifest: &Manifest, first: &SourceLocation) -> Diagnost
 
 /// Where each key was met first.
 #[derive(Debug, Default)]
-pub(super) struct Seen<'m>(HashMap<Reference, &'m SourceLocation>);
+pub(super) struct Seen<'m>(HashMap<Arc<Reference>, &'m SourceLocation>);
 
 impl<'m> Seen<'m> {
     pub fn twice(&mut self, manifest: &'m Manifest) -> Option<Diagnostic> {

@@ -648,7 +648,7 @@ fn a_key_that_stands_twice_refuses_its_object() {
         .map(|it| {
             let object = it.object.clone().expect("it is known");
             assert!(it.message.contains("duplicate key"), "{it:?}");
-            (it.start, it.location.line, object.kind, object.name)
+            (it.start, it.location.line, object.kind.to_string(), object.name.to_string())
         })
         .collect();
     let of = |start, line, name: &str| (start, line, "Namespace".to_owned(), name.to_owned());
@@ -745,7 +745,8 @@ fn a_generated_name_is_one_of_its_own() {
     let text = format!(
         "{pod}---\n{pod}---\napiVersion: v1\nkind: Pod\nmetadata: {{generateName: job-, name: job-x, namespace: a}}\n"
     );
-    let names = |read: Manifests| -> Vec<String> { read.objects.into_iter().map(|it| it.reference.name).collect() };
+    let names =
+        |read: Manifests| -> Vec<String> { read.objects.into_iter().map(|it| it.reference.name.to_string()).collect() };
     let first = read(&text);
     assert_eq!(complaints(&first), Vec::<String>::new());
     let first = names(first);

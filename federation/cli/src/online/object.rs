@@ -166,14 +166,14 @@ pub(super) fn read(files: &[PathBuf], format: Format) -> anyhow::Result<Vec<Writ
     // Without an operator, nothing reads them.
     let (ours, of_operator): (Vec<Manifest>, Vec<Manifest>) =
         ours.into_iter().partition(|it| KINDS.iter().any(|(kind, ..)| *kind == it.reference.kind));
-    for Manifest { location: SourceLocation { file, line }, reference: Reference { kind, name, .. }, .. } in of_operator
-    {
+    for Manifest { location: SourceLocation { file, line }, reference, .. } in of_operator {
+        let Reference { kind, name, .. } = &*reference;
         output::note(format_args!(
             "{file}:{line}: {kind} {name} skipped: it is for the operator; apply it with kubectl to the management cluster"
         ));
     }
     for manifest in others {
-        let (SourceLocation { file, line }, Reference { kind, name, .. }) = (manifest.location, manifest.reference);
+        let (SourceLocation { file, line }, Reference { kind, name, .. }) = (manifest.location, &*manifest.reference);
         output::note(format_args!(
             "{file}:{line}: {kind} {name} skipped: it belongs to a cluster, not to the federation"
         ));

@@ -196,11 +196,11 @@ impl Arguments {
         checked.federated.extend(read.objects.iter().filter(is_federated).cloned());
         checked.notes.extend(reading::skipped_lines(read.skipped.iter()));
         // Several objects may start on one line.
-        let mut objects: BTreeMap<(Arc<str>, u32, Reference), ObjectLine> = BTreeMap::new();
+        let mut objects: BTreeMap<(Arc<str>, u32, Arc<Reference>), ObjectLine> = BTreeMap::new();
         let of_objects = read.objects.into_iter().map(|object| (object.location, object.reference, Outcome::Accepted));
-        let of_workloads = read.workloads.into_iter().map(|it| (it.location, it.reference, Outcome::Accepted));
+        let of_workloads = read.workloads.into_iter().map(|it| (it.location, it.reference.into(), Outcome::Accepted));
         let of_skipped =
-            read.skipped.into_iter().map(|Skipped { location, object }| (location, object, Outcome::Skipped));
+            read.skipped.into_iter().map(|Skipped { location, object }| (location, object.into(), Outcome::Skipped));
         for (place, reference, result) in of_objects.chain(of_workloads).chain(of_skipped) {
             let line = ObjectLine::new(&place, &reference, result);
             objects.insert((place.file, place.line, reference), line);
@@ -215,7 +215,7 @@ impl Arguments {
             let start = SourceLocation { file: diagnostic.location.file, line: diagnostic.start };
             let reference = diagnostic.object.unwrap_or_default();
             let line = ObjectLine::new(&start, &reference, result);
-            let object = objects.entry((start.file, start.line, reference)).or_insert(line);
+            let object = objects.entry((start.file, start.line, reference.into())).or_insert(line);
             (object.ok, object.result) = (result != Outcome::Refused, result);
             object.errors.push(ErrorLine {
                 field: diagnostic.field,
@@ -252,9 +252,11 @@ fn note(diagnostic: Diagnostic) -> String {
 
 impl ObjectLine {
     fn new(start: &SourceLocation, reference: &Reference, result: Outcome) -> Self {
-        let Reference { api_version, kind, namespace, name } = reference.clone();
-        let system = other_system(&api_version, &kind).filter(|_| result == Outcome::Skipped);
+        let Reference { api_version, kind, namespace, name } = reference;
+        let system = other_system(api_version, kind).filter(|_| result == Outcome::Skipped);
         let (file, line, errors) = (start.file.to_string(), start.line, Vec::new());
+        let (api_version, kind, name) = (api_version.to_string(), kind.to_string(), name.to_string());
+        let namespace = namespace.as_ref().map(ToString::to_string);
         Self { file, line, api_version, kind, namespace, name, ok: result != Outcome::Refused, result, system, errors }
     }
 }

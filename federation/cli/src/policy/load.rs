@@ -278,7 +278,12 @@ impl Loaded {
         }
         for object in &manifests.objects {
             let of = &object.reference;
-            let name = (cluster.cloned(), of.kind.clone(), of.namespace.clone(), of.name.clone());
+            let name = (
+                cluster.cloned(),
+                of.kind.to_string(),
+                of.namespace.as_ref().map(ToString::to_string),
+                of.name.to_string(),
+            );
             // The first one of a name wins.
             if let Entry::Vacant(entry) = self.places.entry(name) {
                 entry.insert(object.location.clone());

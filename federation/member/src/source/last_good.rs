@@ -152,6 +152,10 @@ impl<S: Source> LastGood<S> {
         if !changed && self.is_started {
             return None;
         }
+        if !self.is_started {
+            // Most origins came in their order, which leaves each node of the map half empty.
+            state.origins = std::mem::take(&mut state.origins).into_iter().collect();
+        }
         self.is_started = true;
         let objects = state.candidates.take_changes();
         Some(Changes { objects, problems: state.take_problems(), revision: state.kept.advance() })

@@ -88,7 +88,7 @@ impl Budget {
         let directions = policy.directions();
         let problem = Diagnostic {
             field: "spec".to_owned(),
-            object: Some(manifest.reference.clone()),
+            object: Some((*manifest.reference).clone()),
             ..Diagnostic::of_file(name, why)
         };
         read.diagnostics.push(problem);
