@@ -23,9 +23,9 @@ use super::convert;
 use super::governed::{is_marked, named, staged, staged_id};
 use super::objects::{Done, Edit, Sent, object_key};
 use super::state::Administration;
-use crate::admission::approval::tiers_of;
+use crate::admission::approval::{Strict, tiers_of};
 use crate::manifest::{self, Kind, ObjectId};
-use crate::registry::records::{AuditDetail, ChangeAction, ProposalRecord, encode};
+use crate::registry::records::{AuditDetail, ChangeAction, ProposalRecord, TierOnce, encode};
 use crate::registry::{AuditAction, ChangeError, MAX_OBJECT_BYTES, MAX_OBJECTS, Snapshot, key};
 use crate::roles::Need;
 
@@ -204,9 +204,10 @@ impl Administration {
         who: &Identity,
     ) -> Result<Vec<wire::PendingSummary>, ChangeError> {
         self.decides(Kind::FederatedNetworkPolicy)?;
+        let mut strict = Strict::default();
         let summary = |(id, proposal): (&ObjectId, &Arc<ProposalRecord>)| {
-            let manifest = leads_to(snapshot, id, proposal);
-            let tiers = tiers_of(snapshot, id, &manifest);
+            let written = written_tier(snapshot, id, proposal);
+            let tiers = strict.tiers_of(snapshot, id, written.clone());
             let names: Vec<&str> = tiers.iter().map(|tier| &**tier).collect();
             let may_approve = permit(snapshot, who, Need::Approve(&names)).is_ok();
             wire::PendingSummary {
@@ -217,7 +218,7 @@ impl Administration {
                 authors: proposal.authors.iter().cloned().collect(),
                 tiers: names.iter().map(|tier| (*tier).to_owned()).collect(),
                 since: proposal.at,
-                is_authorized: is_authorized(snapshot, id, proposal, &manifest),
+                is_authorized: is_authorized(snapshot, id, proposal, written),
                 can_approve: may_approve && !tiers.is_empty() && !proposal.authors.contains(&who.to_string()),
             }
         };
@@ -328,7 +329,7 @@ fn propose(
         }
     }
     let (action, digest, nonce) = (subject.action, digest(nonce), nonce.clone());
-    let record = ProposalRecord { authors, action, manifest, digest, nonce, at };
+    let record = ProposalRecord { authors, action, manifest, digest, nonce, at, tier: TierOnce::default() };
     let mut transaction = Transaction::default().put(proposal_key(id)?, encode(&record));
     let wanted = staged(id, subject.action, subject.manifest).filter(|_| id.kind == Kind::FederatedNetworkPolicy);
     if let Some(wanted) = wanted.filter(|wanted| manifest::check(wanted).is_ok()) {
@@ -357,10 +358,17 @@ fn leads_to(snapshot: &Snapshot, id: &ObjectId, proposal: &ProposalRecord) -> By
     }
 }
 
-/// Whether one of its authors may make the change now.
-fn is_authorized(snapshot: &Snapshot, id: &ObjectId, proposal: &ProposalRecord, manifest: &[u8]) -> bool {
+/// The tier of the policy which a proposal leads to; of a deletion, that of the version in force.
+fn written_tier(snapshot: &Snapshot, id: &ObjectId, proposal: &ProposalRecord) -> Option<Arc<str>> {
+    match proposal.action {
+        ChangeAction::Apply => proposal.tier().filter(|_| id.kind.is_policy()),
+        ChangeAction::Delete => snapshot.objects.get(id).and_then(|object| object.tier()),
+    }
+}
+
+/// Whether one of its authors may make the change now. `written`: the tier which it leads to.
+fn is_authorized(snapshot: &Snapshot, id: &ObjectId, proposal: &ProposalRecord, written: Option<Arc<str>>) -> bool {
     let in_force = snapshot.objects.get(id).and_then(|object| object.tier());
-    let written = manifest::tier_in(manifest).filter(|_| id.kind.is_policy());
     let tiers: Vec<Arc<str>> = in_force.into_iter().chain(written).collect();
     let tiers: Vec<&str> = tiers.iter().map(|tier| &**tier).collect();
     proposal.authors.iter().any(|author| {
@@ -396,7 +404,7 @@ fn approve(snapshot: &Snapshot, who: &Identity, id: &ObjectId, digest: &str) -> 
     if tiers.is_empty() {
         return Err(ChangeError::Conflict(format!("the change of {id} needs no approval any more: apply it again")));
     }
-    if !is_authorized(snapshot, id, proposal, &manifest) {
+    if !is_authorized(snapshot, id, proposal, written_tier(snapshot, id, proposal)) {
         return Err(ChangeError::Conflict(format!(
             "the author of the change of {id} ({authors}) may not make it any more: a user with the role must send it again, or `hanse \
              policy reject {id}` drops it"

@@ -4,7 +4,7 @@
 //! effect when a user other than its authors has approved exactly this change. Whether a tier requires it is decided by the Tier in
 //! force, which the hub stores, so that a change of the Tier cannot allow itself.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::manifest::{self, Kind, ObjectId};
@@ -56,16 +56,41 @@ fn requires_approval(snapshot: &Snapshot, tier: &Arc<str>) -> bool {
 
 /// The tiers that require an approval of a change. `manifest`: what it leads to.
 pub fn tiers_of(snapshot: &Snapshot, id: &ObjectId, manifest: &[u8]) -> BTreeSet<Arc<str>> {
+    let concerned = tiers_concerned(snapshot, id, || manifest::tier_in(manifest));
+    concerned.into_iter().filter(|tier| requires_approval(snapshot, tier)).collect()
+}
+
+/// The tiers of a change. `written`: that of the policy which it leads to.
+fn tiers_concerned(
+    snapshot: &Snapshot,
+    id: &ObjectId,
+    written: impl FnOnce() -> Option<Arc<str>>,
+) -> BTreeSet<Arc<str>> {
     let concerned = match id.kind {
         Kind::FederatedNetworkPolicy => {
             let in_force = snapshot.objects.get(id).and_then(|object| object.tier());
-            [in_force, manifest::tier_in(manifest)]
+            [in_force, written()]
         }
         Kind::Tier => [Some(Arc::clone(&id.name)), None],
         // Staged policies are not enforced. Sets and clusters are in no tier.
         Kind::StagedFederatedNetworkPolicy | Kind::FederatedNetworkSet | Kind::MemberCluster => [None, None],
     };
-    concerned.into_iter().flatten().filter(|tier| requires_approval(snapshot, tier)).collect()
+    concerned.into_iter().flatten().collect()
+}
+
+/// Which tiers require approvals. For many changes, each Tier is read once.
+#[derive(Debug, Default)]
+pub struct Strict(BTreeMap<Arc<str>, bool>);
+
+impl Strict {
+    /// As [`tiers_of`]. `written`: the tier of the policy which the change leads to.
+    pub fn tiers_of(&mut self, snapshot: &Snapshot, id: &ObjectId, written: Option<Arc<str>>) -> BTreeSet<Arc<str>> {
+        let mut tiers = tiers_concerned(snapshot, id, || written);
+        tiers.retain(|tier| {
+            *self.0.entry(Arc::clone(tier)).or_insert_with_key(|tier| requires_approval(snapshot, tier))
+        });
+        tiers
+    }
 }
 
 /// The records of the requests that made a change.

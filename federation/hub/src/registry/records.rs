@@ -1,6 +1,7 @@
 //! The records of the store, as JSON. Fields are only added, with defaults, so that neighbouring versions are compatible.
 
 use std::collections::BTreeSet;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use hanse_exchange::hubs::{MAX_ANNOUNCED, read_list};
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tracing::warn;
 
+use crate::manifest;
 use crate::roles::Role;
 
 /// `token/<id>`
@@ -211,9 +213,28 @@ pub struct ProposalRecord {
     /// When it was sent first, in seconds since 1970.
     #[serde(default)]
     pub at: u64,
+    #[serde(skip)]
+    pub tier: TierOnce,
 }
 
+/// The tier that the manifest of a proposal names, read when it is first needed: it does not distinguish proposals.
+#[derive(Debug, Clone, Default)]
+pub struct TierOnce(OnceLock<Option<Arc<str>>>);
+
+impl PartialEq for TierOnce {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for TierOnce {}
+
 impl ProposalRecord {
+    /// The tier that the manifest names. It is parsed once for all views of the store.
+    pub fn tier(&self) -> Option<Arc<str>> {
+        self.tier.0.get_or_init(|| manifest::tier_in(self.manifest.as_bytes())).clone()
+    }
+
     /// The digest of a change from the manifest in force, if the object exists. The same manifest has another digest where it creates
     /// an object, where it follows another version, where it is deleted, and where it is proposed again: an approval of one of these is
     /// not one of the others.
