@@ -129,8 +129,8 @@ fn exported() -> BTreeMap<String, BTreeSet<(String, String)>> {
 /// Labels that Prometheus adds to a target.
 const OF_TARGETS: [&str; 4] = ["instance", "job", "namespace", "pod"];
 /// The functions and words that expressions use.
-const WORDS: [&str; 11] =
-    ["sum", "min", "max", "count", "rate", "increase", "histogram_quantile", "vector", "by", "or", "s"];
+const WORDS: [&str; 12] =
+    ["sum", "min", "max", "count", "rate", "increase", "histogram_quantile", "vector", "absent", "by", "or", "s"];
 
 /// Checks the names of metrics and labels in an expression, and the labels in its legend.
 fn check(expression: &str, legend: &str, series: &BTreeMap<String, BTreeSet<(String, String)>>) -> Result<(), String> {
@@ -242,6 +242,19 @@ fn dashboard_and_alerts_use_metrics_that_exist() {
         let text = |key: &str| alert[key].as_str().expect("a text").to_owned();
         expressions.push((text("alert"), text("expr"), String::new()));
     }
+    // Alerts of the operator belong to releases with one.
+    let of_operator = |objects: &[Value]| -> Vec<String> {
+        let rules = objects.iter().filter(|it| it["kind"] == "PrometheusRule");
+        let groups = rules.flat_map(|rule| list(&rule["spec"], "groups"));
+        let alerts = groups.flat_map(|group| list(&group, "rules"));
+        let named = alerts.filter_map(|it| Some((it["alert"].as_str()?.to_owned(), it["expr"].to_string())));
+        named.filter(|(_, expression)| expression.contains("hanse_hub_operator_")).map(|(name, _)| name).collect()
+    };
+    assert_eq!(of_operator(&objects), ["HanseOperatorNotLeading", "HanseOperatorStuck", "HanseOperatorProblems"]);
+    let without =
+        chart::set(chart::value_sets()["all options"].clone(), "hub.operator", serde_json::json!({"enabled": false}));
+    let without = chart::set(without, "hub.webhook", serde_json::json!({"enabled": false}));
+    assert_eq!(of_operator(&chart::rendered(&without)), [""; 0]);
     assert!(panels > 40 && expressions.len() >= panels + 10, "{} expressions", expressions.len());
     for (at, expression, legend) in &expressions {
         assert_eq!(check(expression, legend, &series), Ok(()), "{at}: {expression}");

@@ -1,5 +1,6 @@
 //! The operator of a hub on a real API server: the hub, kubectl and `hanse` are processes.
 
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -23,6 +24,8 @@ mod writes;
 /// The user that the chart gives the hub.
 const USER: &str = "system:serviceaccount:hanse:hanse-hub";
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Counts are written within a minute.
+const COUNTED: Duration = Duration::from_secs(120);
 
 const TIER: &str = "apiVersion: hanse.dev/v1alpha1
 kind: Tier
@@ -155,6 +158,29 @@ impl World {
         text(&output.expect("it runs"))
     }
 
+    /// The operator, as `hanse status` shows it.
+    fn operator(&self) -> Value {
+        let (success, text) = self.hanse(&["status", "-o", "json"]);
+        if success { serde_json::from_str::<Value>(&text).expect("JSON")["operator"].clone() } else { Value::Null }
+    }
+
+    /// The problems of the operator, by reason.
+    fn problems(&self) -> BTreeMap<String, String> {
+        let operator = self.operator();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let problems = operator["problems"].as_array().into_iter().flatten();
+        problems.map(|it| (text(&it["reason"]), text(&it["message"]))).collect()
+    }
+
+    /// Waits until `hanse status` names a hub that reconciles, and no problem.
+    async fn until_operated(&self) {
+        let is = || {
+            let operator = self.operator();
+            operator["leader"].is_string() && operator["problemsTotal"] == 0
+        };
+        self.until("the operator has no problem", is).await;
+    }
+
     /// The hub's objects, as `Kind/name`.
     fn stored(&self) -> String {
         let (success, text) = self.hanse(&["get", "-o", "name"]);
@@ -163,7 +189,16 @@ impl World {
     }
 
     async fn until(&self, what: &str, is: impl Fn() -> bool) {
-        let found = until(PATIENCE, async || is()).await;
+        self.until_within(PATIENCE, what, is).await;
+    }
+
+    /// Waits for a count in a status.
+    async fn until_counted(&self, is: impl Fn() -> bool) {
+        self.until_within(COUNTED, "it is counted", is).await;
+    }
+
+    async fn until_within(&self, patience: Duration, what: &str, is: impl Fn() -> bool) {
+        let found = until(patience, async || is()).await;
         assert!(found.is_some(), "{what}: {}\n{}", self.kubectl(&["get", "hanse", "-o", "yaml"]).1, self.hub_log());
     }
 
@@ -274,9 +309,7 @@ fn restarts_and_definitions_lose_nothing_and_idle_writes_nothing() {
             world.until("accepted", || world.condition(name, "Accepted")[0] == "True").await;
         }
         let counted = async |world: &World, policies: u32| {
-            let status = || world.status("tiers.hanse.dev/platform");
-            let found = until(Duration::from_secs(90), async || status()["policies"] == policies).await;
-            assert!(found.is_some(), "counts are written within a minute: {}\n{}", status(), world.hub_log());
+            world.until_counted(|| world.status("tiers.hanse.dev/platform")["policies"] == policies).await;
         };
         counted(&world, 2).await;
 
@@ -289,12 +322,21 @@ fn restarts_and_definitions_lose_nothing_and_idle_writes_nothing() {
         world.until("accepted", || world.condition("fnp/new", "Accepted")[0] == "True").await;
 
         // The API server is down: the hub's policies stay. Then everything converges by itself.
+        world.until_operated().await;
         world.server.kill().expect("killed");
         assert!(world.stored().contains("deny"));
+        // Status says so, with the reason, and that nothing is reconciled.
+        let reasons = || world.problems().into_keys().collect::<Vec<_>>();
+        world.until("status names both", || reasons() == ["APIServerUnavailable", "NoLeader"]).await;
+        assert!(world.problems()["APIServerUnavailable"].contains("refused"), "{}", world.operator());
+        assert!(world.operator()["leader"].is_null(), "{}", world.operator());
+        let (_, shown) = world.hanse(&["status"]);
+        assert!(shown.contains("the API server of the management cluster does not answer: "), "{shown}");
         world.server.start_again().await.expect("ready");
         world.apply(&policy("newer", DENY));
         world.until("reconciled", || world.condition("fnp/newer", "Accepted")[0] == "True").await;
         assert!(world.stored().contains("deny") && world.stored().contains("newer"));
+        world.until_operated().await;
 
         // Passes go on every second, and write nothing. The Lease shows that they did.
         let version = || {
@@ -338,6 +380,12 @@ fn one_of_two_hubs_reconciles() {
         assert!(take("other").0);
         world.until("it is noticed", || world.hub_log().contains("another process has taken the Lease")).await;
         world.apply(TIER);
+        // Status names the other one, which this hub knows from the Lease only.
+        let leader = |world: &World| [world.operator()["leader"].clone(), world.operator()["leadingMs"].clone()];
+        if holder(&world) == "other" {
+            let shown = leader(&world);
+            assert!(shown == [json!("other"), Value::Null] || holder(&world) != "other", "{shown:?}");
+        }
         // The other one does not renew it.
         loop {
             let (writes, stored) = (world.writes(), world.stored());
@@ -347,6 +395,7 @@ fn one_of_two_hubs_reconciles() {
             assert_eq!((writes, stored.trim()), (Vec::new(), ""), "{}", world.hub_log());
         }
         world.until("elected again", || holder(&world) == first).await;
+        world.until("status names it", || leader(&world)[0] == *first && leader(&world)[1].is_u64()).await;
         world.until("reconciled", || world.condition("tiers.hanse.dev/platform", "Accepted")[0] == "True").await;
         // At its end, the hub gives the Lease back.
         world.hub.take().expect("it runs").stop(PATIENCE).expect("it stops");

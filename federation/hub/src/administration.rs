@@ -9,6 +9,7 @@ mod governed;
 mod objects;
 mod observe;
 mod operated;
+mod operators;
 mod proposals;
 mod state;
 

@@ -41,6 +41,7 @@ use configuration::Keeper;
 pub use configuration::{Address, AddressError, CONFIGURATION, State, webhooks};
 use review::Reviewer;
 
+use crate::management::Monitor;
 use crate::metrics::HubMetrics;
 use crate::registry::Registry;
 
@@ -97,15 +98,16 @@ pub async fn start(
     client: Client,
     registry: Registry,
     metrics: &HubMetrics,
+    monitor: &Monitor,
     shutdown: &Shutdown,
 ) -> anyhow::Result<Admission> {
     let certificates = Arc::new(Certificates::new(options.address.host(), options.lifetime)?);
-    let reviewer = Reviewer::new(client.clone(), registry.clone(), metrics.clone());
+    let reviewer = Reviewer::new(client.clone(), registry.clone(), metrics.clone(), monitor.clone());
     let listening = listener::serve(options.listen, Arc::clone(&certificates), options.clients, reviewer, shutdown);
     let listening = listening.await?;
-    let (approvals, stop) = (Approvals::new(client.clone(), registry), shutdown.token());
+    let (approvals, stop) = (Approvals::new(client.clone(), registry, monitor.clone()), shutdown.token());
     shutdown.supervise("approvals", move || approvals.clone().run(stop.clone()));
-    let (keeper, state) = Keeper::new(client, options.configuration, options.address, certificates);
+    let (keeper, state) = Keeper::new(client, options.configuration, options.address, certificates, monitor);
     let (stop, settled) = (shutdown.token(), keeper.settled());
     shutdown.supervise("configuration of the webhook", move || keeper.clone().run(stop.clone()));
     Ok(Admission { listening, state, settled })

@@ -16,6 +16,7 @@ pub mod custom_resources;
 pub mod exchange;
 pub mod grants;
 pub mod initialise;
+pub mod management;
 pub mod manifest;
 pub mod metrics;
 pub mod operator;

@@ -33,6 +33,7 @@ pub struct HubMetrics {
     reviews: Family<Review, Counter>,
     unfinished: Gauge,
     pub(crate) operator: OperatorMetrics,
+    pub(crate) operator_problems: Gauge,
 }
 
 impl Default for HubMetrics {
@@ -55,6 +56,7 @@ impl Default for HubMetrics {
             reviews: Family::default(),
             unfinished: Gauge::default(),
             operator: OperatorMetrics::default(),
+            operator_problems: Gauge::default(),
         }
     }
 }
@@ -142,6 +144,9 @@ impl HubMetrics {
             hub.register("admission_reviews", help, this.reviews.clone());
             let help = "Recorded changes of custom resources that are neither in force nor known to have failed";
             hub.register("unfinished_changes", help, this.unfinished.clone());
+            let help =
+                "Problems of the operator and of the admission webhook at this hub, as `hanse status` shows them";
+            hub.register("operator_problems", help, this.operator_problems.clone());
             this.operator.register(hub.sub_registry_with_prefix("operator"));
         });
         this

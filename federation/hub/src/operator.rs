@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use futures::stream::{SelectAll, select_all};
 use futures::{FutureExt as _, StreamExt as _};
-use hanse_kubernetes::election::{self, Election};
+use hanse_kubernetes::election::Election;
 use hanse_runtime::retry::Backoff;
 use kube::api::DynamicObject;
 use kube::runtime::events::{Recorder, Reporter};
@@ -43,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::administration::Administration;
+use crate::management::{Monitor, Task};
 use crate::manifest::Kind;
 use crate::registry::Registry;
 use crate::status::Realisations;
@@ -77,13 +78,13 @@ pub struct Operator {
     administration: Administration,
     registry: Registry,
     realisations: Arc<dyn Realisations>,
-    identity: String,
+    monitor: Monitor,
     metrics: OperatorMetrics,
 }
 
 impl std::fmt::Debug for Operator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Operator").field("identity", &self.identity).finish_non_exhaustive()
+        f.debug_struct("Operator").field("identity", self.monitor.identity()).finish_non_exhaustive()
     }
 }
 
@@ -96,15 +97,9 @@ impl Operator {
         administration: Administration,
         registry: Registry,
         realisations: Arc<dyn Realisations>,
+        monitor: Monitor,
     ) -> Self {
-        Self {
-            client,
-            administration,
-            registry,
-            realisations,
-            identity: election::identity(),
-            metrics: OperatorMetrics::default(),
-        }
+        Self { client, administration, registry, realisations, monitor, metrics: OperatorMetrics::default() }
     }
 
     /// Counts into these metrics.
@@ -115,22 +110,24 @@ impl Operator {
 
     /// Reconciles whenever this hub has the Lease, until `stop`.
     pub async fn run(self, stop: CancellationToken) {
-        let mut election = Election::new(self.client.clone(), None, LEASE, self.identity.clone());
+        let mut election = Election::new(self.client.clone(), None, LEASE, self.monitor.identity().to_string());
         loop {
             let since = tokio::select! {
                 () = stop.cancelled() => return,
-                since = election.acquire(|_| {}) => since,
+                since = election.acquire(|attempt| self.monitor.attempted(attempt)) => since,
             };
             self.metrics.leader.set(1);
+            self.monitor.leads(true);
             let is_stopped = tokio::select! {
                 biased;
                 () = stop.cancelled() => true,
                 // Whatever is being written is dropped.
-                () = election.keep(since) => false,
+                () = election.keep(since, |attempt| self.monitor.attempted(attempt)) => false,
                 () = self.reconcile() => false,
             };
             self.metrics.leader.set(0);
-            self.metrics.queue_age.set(0);
+            self.metrics.queued_for(Duration::ZERO);
+            self.monitor.leads(false);
             if is_stopped {
                 return election.release().await;
             }
@@ -138,12 +135,12 @@ impl Operator {
     }
 
     async fn reconcile(&self) {
-        let Self { client, administration, registry, realisations, identity, metrics } = self.clone();
-        let reporter = Reporter { controller: "hanse-hub".to_owned(), instance: Some(identity) };
+        let Self { client, administration, registry, realisations, monitor, metrics } = self.clone();
+        let reporter = Reporter { controller: "hanse-hub".to_owned(), instance: Some(monitor.identity().to_string()) };
         let mut events = watch(&client);
         let mut view = registry.subscribe();
         let recorder = Recorder::new(client.clone(), reporter);
-        let writer = Writer { client, recorder, metrics: metrics.clone() };
+        let writer = Writer { client, recorder, metrics: metrics.clone(), monitor: monitor.clone() };
         let mut reconciler = Reconciler::new(writer, administration, registry, realisations);
         // When the oldest change arrived that no pass has reconciled.
         let mut waiting: Option<Instant> = None;
@@ -152,7 +149,10 @@ impl Operator {
         loop {
             tokio::select! {
                 Some((resource, event)) = events.next() => {
-                    waiting.get_or_insert_with(Instant::now);
+                    if waiting.is_none() {
+                        waiting = Some(Instant::now());
+                        monitor.waiting(waiting);
+                    }
                     reconciler.take(resource, event);
                 }
                 changed = view.changed() => if changed.is_err() { return },
@@ -163,18 +163,20 @@ impl Operator {
             while let Some(Some((resource, event))) = events.next().now_or_never() {
                 reconciler.take(resource, event);
             }
-            let age = waiting.map_or(0, |since| since.elapsed().as_secs());
-            metrics.queue_age.set(i64::try_from(age).unwrap_or(i64::MAX));
+            metrics.queued_for(waiting.map_or(Duration::ZERO, |since| since.elapsed()));
             view.borrow_and_update();
             let pause = match reconciler.pass().await {
                 Ok(()) => {
                     waiting = None;
-                    metrics.queue_age.set(0);
+                    monitor.waiting(None);
+                    monitor.done(Task::Reconcile, "");
+                    metrics.queued_for(Duration::ZERO);
                     backoff.reset();
                     GATHER.max(reconciler.busy() * (SHARE - 1))
                 }
                 Err(error) => {
                     warn!(error = format!("{error:#}"), "custom resources not reconciled");
+                    monitor.failed(Task::Reconcile, "", &error);
                     backoff.next_delay()
                 }
             };

@@ -13,6 +13,7 @@ use hanse_identity::tls::{
     Connections, CredentialStore, IncomingLimits, Peer, PresentedAuthority, ServerTls, Trust, http2_server, incoming,
 };
 use hanse_identity::{Identity, TrustDomain};
+use hanse_kubernetes::election;
 use hanse_kubernetes::metrics::MetricsReview;
 use hanse_proto::federation::v1::administration_server::AdministrationServer;
 use hanse_proto::federation::v1::exchange_server::ExchangeServer;
@@ -35,6 +36,7 @@ use crate::admission;
 use crate::authority::{Authority, Lifetimes};
 use crate::backup;
 use crate::exchange::service::Service;
+use crate::management::Monitor;
 use crate::metrics::HubMetrics;
 use crate::operator::{self, Operator};
 use crate::questions::{self, Questions};
@@ -375,26 +377,39 @@ impl Hub {
                 }
             }
         });
+        let monitor = options.operator.as_ref().map(|_| Monitor::new(&election::identity()));
         let observing = (registry.clone(), Arc::clone(&realisations), writing, counted.clone(), stop.clone());
+        let monitored = monitor.clone();
         shutdown.supervise("metrics", move || {
             let (registry, realisations, writing, metrics, stop) = observing.clone();
-            observe(registry, realisations, writing, metrics, stop)
+            observe(registry, realisations, writing, metrics, monitored.clone(), stop)
         });
         let questions = Questions::new(registry.clone(), stop.clone());
         let mut registration = Registration::new(registry.clone(), authority.clone(), counted.clone());
         let mut administration =
             Administration::new(registry.clone(), authority.clone(), connections.clone(), Arc::clone(&realisations));
-        if let Some(access) = &options.operator {
+        if let Some((access, monitor)) = options.operator.as_ref().zip(monitor) {
+            administration = administration.with_management(monitor.clone());
+            // Only one process can open a file.
+            if options.store.path().is_none() {
+                let reporting = (registry.clone(), monitor.clone(), stop.clone());
+                shutdown.supervise("state of the operator", move || {
+                    let (registry, monitor, stop) = reporting.clone();
+                    let identity = Arc::clone(monitor.identity());
+                    registry.report_operator(identity, move || monitor.record(), stop)
+                });
+            }
             administration = administration.with_operator(&operator::KINDS);
             registration = registration.with_operator();
             let client = access.client().await.context("start the operator")?;
             if let Some(webhook) = options.webhook {
-                let webhook = admission::start(webhook, client.clone(), registry.clone(), &counted, shutdown).await;
+                let webhook = admission::start(webhook, client.clone(), registry.clone(), &counted, &monitor, shutdown);
+                let webhook = webhook.await;
                 let webhook = webhook.context("start the webhook")?;
                 webhook.set_when_usable(health.condition("webhook"), shutdown);
                 administration = administration.with_webhook(webhook.state);
             }
-            let operator = Operator::new(client, administration.clone(), registry.clone(), realisations);
+            let operator = Operator::new(client, administration.clone(), registry.clone(), realisations, monitor);
             let operator = operator.with_metrics(&counted.operator);
             let stop = stop.clone();
             shutdown.supervise("operator", move || operator.clone().run(stop.clone()));
@@ -482,9 +497,15 @@ async fn observe(
     realisations: Arc<dyn Realisations>,
     writing: Condition,
     metrics: HubMetrics,
+    monitor: Option<Monitor>,
     stop: CancellationToken,
 ) {
     loop {
+        let problems = monitor.as_ref().map_or(0, |it| i64::from(it.record().total));
+        metrics.operator_problems.set(problems);
+        // Also while a pass does not end.
+        let waiting = monitor.as_ref().map_or(Duration::ZERO, Monitor::waiting_for);
+        metrics.operator.queued_for(waiting);
         metrics.observe(&registry.snapshot(), &realisations.clusters());
         let seconds = registry.unavailable_for().map_or(0, |it| it.as_secs().max(1));
         metrics.store_unavailable.set(i64::try_from(seconds).unwrap_or(i64::MAX));

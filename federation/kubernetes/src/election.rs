@@ -13,7 +13,7 @@ use kube::{Api, Client};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use crate::{answered, answered_by, message};
+use crate::{RequestError, answered, answered_by, message};
 
 /// Without a renewal for this time, another process takes the Lease over.
 pub const DURATION: Duration = Duration::from_secs(15);
@@ -39,9 +39,27 @@ pub struct Election {
 enum Attempt {
     Acquired,
     /// Another process has it.
-    Taken,
+    Taken(String),
     /// Versions have gone back: the API server was restored from a backup, and what was read before may not exist any more.
     Restored,
+}
+
+impl Attempt {
+    fn holder(self) -> Holder {
+        match self {
+            Self::Acquired => Holder::This,
+            Self::Taken(name) => Holder::Other(name),
+            Self::Restored => Holder::Unknown,
+        }
+    }
+}
+
+/// Which process has the Lease, as the API server answered an attempt to acquire or renew it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holder {
+    This,
+    Other(String),
+    Unknown,
 }
 
 /// Why a process no longer leads.
@@ -75,9 +93,8 @@ impl Election {
         Self { api, name: name.to_owned(), identity, observed: None, version: None }
     }
 
-    /// Waits until this process has the Lease; returns since when. `attempted` receives the result of each attempt: whether the API server
-    /// answered.
-    pub async fn acquire(&mut self, mut attempted: impl FnMut(&anyhow::Result<()>)) -> Instant {
+    /// Waits until this process has the Lease; returns since when. `attempted` receives the result of each attempt.
+    pub async fn acquire(&mut self, mut attempted: impl FnMut(&anyhow::Result<Holder>)) -> Instant {
         let mut failing = false;
         loop {
             let started = Instant::now();
@@ -85,10 +102,10 @@ impl Election {
             match &attempt {
                 Ok(Attempt::Acquired) => {
                     info!(identity = self.identity, lease = self.name, "Lease acquired: this process is the leader");
-                    attempted(&Ok(()));
+                    attempted(&Ok(Holder::This));
                     return started;
                 }
-                Ok(Attempt::Taken | Attempt::Restored) => failing = false,
+                Ok(Attempt::Taken(_) | Attempt::Restored) => failing = false,
                 Err(error) => {
                     // The holder could not renew either while the API server was away.
                     self.observed = None;
@@ -99,15 +116,15 @@ impl Election {
                     failing = true;
                 }
             }
-            attempted(&attempt.map(drop));
+            attempted(&attempt.map(Attempt::holder));
             // Two candidates do not try at the same time forever.
             tokio::time::sleep(EVERY.mul_f64(rand::random_range(0.75..1.25))).await;
         }
     }
 
     /// Renews the Lease, which was acquired or renewed at `renewed`, until another process has it, or it could not be renewed for 10 s:
-    /// no other process has it before this returns.
-    pub async fn keep(&mut self, mut renewed: Instant) {
+    /// no other process has it before this returns. `attempted` receives the result of each attempt.
+    pub async fn keep(&mut self, mut renewed: Instant, mut attempted: impl FnMut(&anyhow::Result<Holder>)) {
         loop {
             let renewal = async {
                 tokio::time::sleep(EVERY).await;
@@ -115,20 +132,27 @@ impl Election {
                 (started, self.attempt().await)
             };
             match tokio::time::timeout_at(renewed + RENEW_WITHIN, renewal).await {
-                Ok((started, Ok(Attempt::Acquired))) => renewed = started,
+                Ok((started, Ok(Attempt::Acquired))) => {
+                    attempted(&Ok(Holder::This));
+                    renewed = started;
+                }
                 Ok((_, Ok(Attempt::Restored))) => {
                     return warn!(
                         lease = self.name,
                         "the API server was restored from a backup: all objects are read again"
                     );
                 }
-                Ok((_, Ok(Attempt::Taken))) => {
+                Ok((_, Ok(Attempt::Taken(other)))) => {
+                    attempted(&Ok(Holder::Other(other)));
                     return warn!(identity = self.identity, lease = self.name, "another process has taken the Lease");
                 }
                 Ok((_, Err(error))) => {
                     warn!(error = format!("{error:#}"), lease = self.name, "the Lease was not renewed");
+                    attempted(&Err(error));
                 }
                 Err(_) => {
+                    let message = format!("the Lease was not renewed within {} s", RENEW_WITHIN.as_secs());
+                    attempted(&Err(RequestError { message, is_refusal: false }.into()));
                     return warn!(identity = self.identity, lease = self.name, "the Lease was not renewed in time");
                 }
             }
@@ -146,7 +170,7 @@ impl Election {
             let started = Instant::now();
             let attempt = self.attempt().await;
             match &attempt {
-                Ok(Attempt::Taken) => return Ended::Taken,
+                Ok(Attempt::Taken(_)) => return Ended::Taken,
                 Ok(Attempt::Restored) => return Ended::Restored,
                 Ok(Attempt::Acquired) | Err(_) => attempted(started, &attempt.map(drop)),
             }
@@ -195,18 +219,18 @@ impl Election {
         let mut spec = lease.spec.take().unwrap_or_default();
         let holder = spec.holder_identity.take().filter(|it| !it.is_empty());
         if holder.as_deref() != Some(&*self.identity) {
-            if holder.is_some() {
+            if let Some(holder) = holder {
                 let version = &lease.metadata.resource_version;
                 match &self.observed {
                     Some((observed, since)) if observed == version => {
                         let seconds = spec.lease_duration_seconds.and_then(|it| u64::try_from(it).ok());
                         if since.elapsed() < seconds.map_or(DURATION, Duration::from_secs) {
-                            return Ok(Attempt::Taken);
+                            return Ok(Attempt::Taken(holder));
                         }
                     }
                     _ => {
                         self.observed = Some((version.clone(), Instant::now()));
-                        return Ok(Attempt::Taken);
+                        return Ok(Attempt::Taken(holder));
                     }
                 }
             }

@@ -99,14 +99,33 @@ impl Access {
     }
 }
 
+/// Why a request of the API server has no result. The source of the errors of [`answered`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct RequestError {
+    pub message: String,
+    /// The API server answered, and refused. Otherwise there was no answer.
+    pub is_refusal: bool,
+}
+
+impl RequestError {
+    pub fn new(error: kube::Error) -> Self {
+        let is_refusal = matches!(error, kube::Error::Api(_));
+        Self { message: message(error), is_refusal }
+    }
+}
+
 /// The result of one request, within a limited time.
 ///
 /// # Errors
-/// When the API server does not answer in time, or refuses.
+/// A [`RequestError`], when the API server does not answer in time, or refuses.
 pub async fn answered<T>(request: impl Future<Output = kube::Result<T>>) -> anyhow::Result<T> {
     let answer = tokio::time::timeout(ANSWER_WITHIN, request).await;
-    let answer = answer.with_context(|| format!("no answer of the API server within {} s", ANSWER_WITHIN.as_secs()))?;
-    answer.map_err(|error| anyhow::anyhow!(message(error)))
+    let late = |_| {
+        let message = format!("no answer of the API server within {} s", ANSWER_WITHIN.as_secs());
+        RequestError { message, is_refusal: false }
+    };
+    Ok(answer.map_err(late)?.map_err(RequestError::new)?)
 }
 
 /// As [`answered`], with the error itself; `None` when there is no answer in time.

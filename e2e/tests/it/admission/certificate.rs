@@ -55,6 +55,13 @@ fn nothing_opens_without_a_webhook() {
         world.until_condition(TIER, "Admission", "False", "CertificateExpired").await;
         let message = world.condition(TIER, "Admission")[2].clone();
         assert!(message.contains("validatingwebhookconfigurations") && message.contains("forbidden"), "{message}");
+        let status = || world.hanse(&["status", "-o", "json"]).1;
+        let problem = |text: &str| -> Value {
+            let status: Value = serde_json::from_str(text).unwrap_or_default();
+            status["operator"]["problems"].as_array().and_then(|it| it.first()).cloned().unwrap_or_default()
+        };
+        let shown = problem(&status());
+        assert_eq!((&shown["reason"], &shown["message"]), (&json!("CertificateExpired"), &json!(message)), "{shown}");
         assert!(world.kubectl("ada", &["create", "configmap", "other-kinds"]).0);
         assert_eq!(world.in_force("fnp", "web"), in_force);
         // With the right, everything converges.
@@ -62,6 +69,17 @@ fn nothing_opens_without_a_webhook() {
         world.until("it is accepted again", || world.try_apply("ada", &changed).0).await;
         world.until("it is in force", || world.in_force("fnp", "web")["spec"]["order"] == 9).await;
         world.until_condition(TIER, "Admission", "True", "Ready").await;
+        world.until("status has no problem", || problem(&status()).is_null()).await;
+
+        // Another program that removes the certificate again and again is named.
+        let clear = r#"[{"op": "remove", "path": "/webhooks/0/clientConfig/caBundle"}]"#;
+        let patch = ["patch", "validatingwebhookconfiguration", "hanse-hub", "--type=json", "-p", clear];
+        let is_named = || {
+            world.kubectl("", &patch);
+            problem(&status())["reason"] == "ConfigurationOverwritten"
+        };
+        world.until("status names the removal of the certificate", is_named).await;
+        world.until("it is repaired", || world.try_apply("ada", &changed).0).await;
 
         // An API server without a certificate of the authority is refused: it cannot send a review, and nothing is written.
         let clients = world.folder.path().join("clients.pem");

@@ -92,7 +92,7 @@ fn clusters_join_are_accepted_suspended_and_removed_by_their_custom_resource() {
         let waited = world.kubectl(&["wait", "--for=condition=Connected", "--timeout=60s", "mc/east"]);
         assert!(waited.0, "{}\n{}\n{}", waited.1, world.hub_log(), east.log());
         world.until_is("mc/east", "Accepted", ["True", "Accepted"]).await;
-        world.until("it is counted", || world.status("mc/east")["digestsEqual"] == true).await;
+        world.until_counted(|| world.status("mc/east")["digestsEqual"] == true).await;
         let status = world.status("mc/east");
         assert_eq!((&status["keyExchange"], &status["agents"]), (&json!("X25519MLKEM768"), &json!("0/0")), "{status}");
         assert!(status["certificateExpirationTime"].is_string() && status["connectionTime"].is_string(), "{status}");

@@ -75,15 +75,19 @@ impl Roles {
         }
     }
 
-    /// Waits until the log names that each of these rights is missing.
+    /// Waits until `hanse status` names that each of these rights is missing.
     async fn are_named(&mut self, world: &World, is_missing: impl Fn(&Right) -> bool) {
         let missing: Vec<Right> = self.rights().into_iter().filter(|right| is_missing(right)).collect();
         assert!(!missing.is_empty());
         for right in missing {
             let (group, resource, verb, _) = &right;
             let named = format!("cannot {verb} resource \"{resource}\" in API group \"{group}\"");
-            let is_named = || world.hub_log().replace('\\', "").contains(&named);
-            world.until(&named, is_named).await;
+            let is_named = || {
+                let operator = world.operator();
+                let problems = operator["problems"].as_array().into_iter().flatten();
+                problems.filter_map(|it| it["message"].as_str()).any(|it| it.contains(&named))
+            };
+            world.until(&format!("{named}: {}", world.operator()), is_named).await;
             self.needed.insert(right);
         }
     }
@@ -139,7 +143,7 @@ fn each_right_is_needed_and_named_where_it_is_missing() {
         world.until("not written", || world.condition("cjt/late", "Issued") == expected).await;
         let named = world.status("cjt/late").to_string();
         assert!(named.contains("cannot create resource") && named.contains("secrets"), "{named}");
-        roles.needed.extend(roles.rights().into_iter().filter(|right| secrets(right)));
+        roles.are_named(&world, secrets).await;
         roles.take_away(&world, |_| false).await;
         world.until("issued", || world.condition("cjt/late", "Issued")[0] == "True").await;
 
@@ -169,12 +173,13 @@ fn each_right_is_needed_and_named_where_it_is_missing() {
         for right in roles.rights().into_iter().filter(|right| definitions(right)) {
             let name = right.3.clone().expect("the definition");
             let named = format!("read the CustomResourceDefinition {name}: ");
-            world.until(&named, || world.hub_log().contains(&named)).await;
+            world.until(&named, || world.operator().to_string().contains(&named)).await;
             roles.needed.insert(right);
         }
         assert!(world.stored().contains("default"), "{}", world.stored());
         roles.take_away(&world, |_| false).await;
         world.until("deleted", || world.stored().trim().is_empty()).await;
+        world.until_operated().await;
         world.until("released", || world.succeed(&["get", "hanse", "-o", "name"]).is_empty()).await;
         assert_eq!(roles.needed, roles.rights(), "each right is needed");
     });

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use hanse_e2e::kubernetes::{run, until};
 use hanse_hub::administration::Administration;
 use hanse_hub::authority::{Authority, Lifetimes};
+use hanse_hub::management::Monitor;
 use hanse_hub::manifest::ObjectId;
 use hanse_hub::operator::Operator;
 use hanse_hub::registry::records::{self, MemberRecord, MemberState};
@@ -126,7 +127,8 @@ fn writes_are_few_with_250_clusters_that_change_and_none_at_rest() {
         let realisations: Arc<dyn Realisations> = Arc::new(Reported(Arc::clone(&fleet)));
         let administration =
             Administration::new(registry.clone(), authority, Connections::default(), Arc::clone(&realisations));
-        let operator = Operator::new(client, administration, registry, realisations);
+        let monitor = Monitor::new("hub");
+        let operator = Operator::new(client, administration, registry, realisations, monitor);
         let task = tokio::spawn(operator.run(shutdown.token()));
 
         let mut manifests: Vec<String> = Vec::new();

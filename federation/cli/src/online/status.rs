@@ -21,6 +21,9 @@ use crate::output::{self, ListFormat};
 /// of agents that enforce the current generation. The lines below the table are the problems, with their nodes;
 /// `hanse describe cluster` and `-o json` show all details.
 ///
+/// Where hubs run with `--operator`, a line names the hub that reconciles the custom resources, and further lines the problems of all
+/// hubs with the management cluster: missing rights, an API server that does not answer, and a webhook that cannot be used.
+///
 /// `-o wide` adds REVISION (of the data that the cluster publishes), DIGESTS (whether the cluster has received what the hub
 /// selected for it), REFUSED (number of its objects that the hub refuses) and UNENFORCED (number of its pods without enforcement).
 #[derive(Debug, clap::Args)]
@@ -34,7 +37,8 @@ pub struct Status {
     /// Only this cluster.
     #[arg(add = completion::clusters())]
     cluster: Option<String>,
-    /// Exit 1 if a cluster has a problem, if no cluster has joined, or if the store of the hub does not answer.
+    /// Exit 1 if a cluster or the operator of the hub has a problem, if no cluster has joined, or if the store of the hub does not
+    /// answer.
     #[arg(long)]
     exit_code: bool,
     #[arg(short, long, value_enum, default_value_t)]
@@ -48,8 +52,62 @@ pub struct Overview {
     /// Since the store of the hub last answered, while it does not.
     #[serde(skip_serializing_if = "Option::is_none")]
     store_unavailable_ms: Option<u64>,
+    /// Of the hubs that reconcile custom resources, if there are any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    operator: Option<Operator>,
     #[serde(rename = "items")]
     pub clusters: Vec<Cluster>,
+}
+
+/// The operator, over all hubs.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Operator {
+    /// The hub that reconciles, by its name in the Lease.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    leader: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    leading_ms: Option<u64>,
+    problems: Vec<OperatorProblem>,
+    problems_total: u32,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct OperatorProblem {
+    hub: String,
+    reason: String,
+    message: String,
+    age_ms: u64,
+}
+
+impl Operator {
+    fn new(it: pb::OperatorStatus) -> Self {
+        let problem = |it: pb::OperatorProblem| OperatorProblem {
+            hub: it.hub,
+            reason: it.reason,
+            message: it.message,
+            age_ms: it.age_ms,
+        };
+        let problems = it.problems.into_iter().map(problem).collect();
+        Self { leader: it.leader, leading_ms: it.leading_ms, problems, problems_total: it.problems_total }
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let length = |ms| output::length(Duration::from_millis(ms));
+        let leads = match (&*self.leader, self.leading_ms) {
+            ("", _) => "operator: no hub is known to reconcile custom resources".to_owned(),
+            (leader, None) => format!("operator: {leader} reconciles custom resources"),
+            (leader, Some(ms)) => format!("operator: {leader} reconciles custom resources, for {}", length(ms)),
+        };
+        let problem = |it: &OperatorProblem| format!("operator: {}: {}, for {}", it.hub, it.message, length(it.age_ms));
+        let mut lines: Vec<String> = std::iter::once(leads).chain(self.problems.iter().map(problem)).collect();
+        let unnamed = (self.problems_total as usize).saturating_sub(self.problems.len());
+        if unnamed > 0 {
+            lines.push(format!("operator: {} not listed here", output::count(unnamed, "more problem")));
+        }
+        lines
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -119,6 +177,7 @@ impl Cluster {
 pub async fn read(client: &mut Client, cluster: &str, details: bool) -> anyhow::Result<Overview> {
     let status = call(client.status(pb::StatusRequest {})).await?;
     let (revision, store_unavailable_ms) = (status.revision, status.store_unavailable_ms);
+    let operator = status.operator.map(Operator::new);
     let wanted = status.clusters.into_iter().filter(|it| cluster.is_empty() || it.name == cluster);
     let mut clusters: Vec<Cluster> = wanted.map(|it| Cluster::new(it, revision)).collect();
     anyhow::ensure!(
@@ -133,7 +192,7 @@ pub async fn read(client: &mut Client, cluster: &str, details: bool) -> anyhow::
             (it.nodes, nodes) = (its, others);
         }
     }
-    Ok(Overview { hub_revision: revision, store_unavailable_ms, clusters })
+    Ok(Overview { hub_revision: revision, store_unavailable_ms, operator, clusters })
 }
 
 impl Status {
@@ -149,7 +208,9 @@ impl Status {
         // A cluster that is expected does not count: if no other has joined, nothing can be in sync.
         let has_joined = overview.clusters.iter().any(|it| it.state != "expected");
         let is_available = overview.store_unavailable_ms.is_none();
-        let all_well = has_joined && is_available && overview.clusters.iter().all(|it| it.problems.is_empty());
+        let is_operated = overview.operator.as_ref().is_none_or(|it| it.problems_total == 0);
+        let all_well =
+            has_joined && is_available && is_operated && overview.clusters.iter().all(|it| it.problems.is_empty());
         if self.exit_code && !has_joined {
             output::note("no cluster has joined; `hanse token create --cluster NAME` creates a token for one");
         }
@@ -168,6 +229,7 @@ impl Overview {
                 "the store of the hub has not answered for {time}: changes are refused; clusters enforce what they have"
             ))?;
         }
+        self.operator.iter().flat_map(Operator::lines).try_for_each(output::line)?;
         if self.clusters.is_empty() {
             return output::line("`hanse token create --cluster NAME` creates a token that a cluster can join with");
         }
@@ -333,6 +395,31 @@ fn problems(it: &pb::ClusterStatus, hub_revision: u64) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn operator_is_named_with_its_problems() {
+        let problem = pb::OperatorProblem {
+            hub: "hub-1".to_owned(),
+            reason: "NotRead".to_owned(),
+            message: "Tier cannot be listed or watched: forbidden".to_owned(),
+            age_ms: 61_000,
+        };
+        let mut status = pb::OperatorStatus {
+            leader: "hub-0".to_owned(),
+            leading_ms: Some(3_600_000),
+            problems: vec![problem],
+            problems_total: 3,
+        };
+        let lines = [
+            "operator: hub-0 reconciles custom resources, for 1h0m",
+            "operator: hub-1: Tier cannot be listed or watched: forbidden, for 1m1s",
+            "operator: 2 more problems not listed here",
+        ];
+        assert_eq!(Operator::new(status.clone()).lines(), lines);
+        (status.leader, status.leading_ms) = (String::new(), None);
+        let lines = Operator::new(status).lines();
+        assert_eq!(lines[0], "operator: no hub is known to reconcile custom resources");
+    }
 
     #[test]
     fn cluster_without_data_since_the_hub_started_has_no_duration_of_silence() {

@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tonic::Status;
 
 use super::convert;
+use super::operators;
 use super::state::Administration;
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{Acceptance, Object, Snapshot};
@@ -35,6 +36,7 @@ impl Administration {
             revision: snapshot.revision,
             clusters: self.cluster_status(snapshot),
             store_unavailable_ms: self.registry.unavailable_for().map(milliseconds),
+            operator: operators::status(self.management.as_ref(), &snapshot.operators, self.registry.now_seconds()),
         }
     }
 

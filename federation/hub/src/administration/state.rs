@@ -9,6 +9,7 @@ use tonic::{Request, Status};
 use super::access::{caller, permit};
 use crate::admission;
 use crate::authority::Authority;
+use crate::management::Monitor;
 use crate::manifest::Kind;
 use crate::registration::status;
 use crate::registry::{Registry, Snapshot};
@@ -33,6 +34,8 @@ pub struct Administration {
     pub(super) operated: &'static [Kind],
     /// The state of the admission webhook, if this hub has one.
     pub(super) webhook: Option<watch::Receiver<admission::State>>,
+    /// The state of the operator and of the webhook, if this hub has an operator.
+    pub(super) management: Option<Monitor>,
 }
 
 impl std::fmt::Debug for Administration {
@@ -49,13 +52,29 @@ impl Administration {
         realisations: Arc<dyn Realisations>,
     ) -> Self {
         let (watchers, dry_runs) = (Arc::new(Semaphore::new(MAX_WATCHERS)), Arc::new(Semaphore::new(MAX_DRY_RUNS)));
-        Self { registry, authority, connections, realisations, watchers, dry_runs, operated: &[], webhook: None }
+        Self {
+            registry,
+            authority,
+            connections,
+            realisations,
+            watchers,
+            dry_runs,
+            operated: &[],
+            webhook: None,
+            management: None,
+        }
     }
 
     /// With kinds that only the operator writes.
     #[must_use]
     pub fn with_operator(self, operated: &'static [Kind]) -> Self {
         Self { operated, ..self }
+    }
+
+    /// With the state of the operator and of the webhook.
+    #[must_use]
+    pub fn with_management(self, monitor: Monitor) -> Self {
+        Self { management: Some(monitor), ..self }
     }
 
     /// With an admission webhook, which records the authors of changes.

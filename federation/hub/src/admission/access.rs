@@ -7,6 +7,8 @@ use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessRevie
 use kube::api::PostParams;
 use kube::{Api, Client};
 
+use crate::management::{Monitor, Task};
+
 /// What a user does with a tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verb {
@@ -29,11 +31,12 @@ impl Verb {
 #[derive(Clone)]
 pub(super) struct Access {
     api: Api<SubjectAccessReview>,
+    monitor: Monitor,
 }
 
 impl Access {
-    pub(super) fn new(client: Client) -> Self {
-        Self { api: Api::all(client) }
+    pub(super) fn new(client: Client, monitor: Monitor) -> Self {
+        Self { api: Api::all(client), monitor }
     }
 
     /// Whether `user` may. `tier`: `None` for all tiers, which a rule with `resourceNames` does not allow.
@@ -59,6 +62,10 @@ impl Access {
         };
         let review = SubjectAccessReview { spec, ..SubjectAccessReview::default() };
         let answer = answered(self.api.create(&PostParams::default(), &review)).await;
+        match &answer {
+            Ok(_) => self.monitor.succeeded(Task::Review, ""),
+            Err(error) => self.monitor.failed(Task::Review, "", error),
+        }
         let answer = answer.with_context(|| format!("check the verb {} on tiers.hanse.dev", verb.name()))?;
         Ok(answer.status.is_some_and(|status| status.allowed && status.denied != Some(true)))
     }

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::custom_resources::{ApprovalAction, PolicyApproval, PolicyApprovalSpec};
+use crate::management::{APPROVALS, Monitor, Task};
 use crate::registry::records::{ApprovalRecord, ChangeAction, encode};
 use crate::registry::{AuditAction, ChangeError, MAX_AGE, Registry, Snapshot, approval_key, change_key};
 
@@ -51,11 +52,12 @@ impl Existing {
 pub(super) struct Approvals {
     api: Api<PolicyApproval>,
     registry: Registry,
+    monitor: Monitor,
 }
 
 impl Approvals {
-    pub(super) fn new(client: Client, registry: Registry) -> Self {
-        Self { api: Api::all(client), registry }
+    pub(super) fn new(client: Client, registry: Registry, monitor: Monitor) -> Self {
+        Self { api: Api::all(client), registry, monitor }
     }
 
     pub(super) async fn run(self, stop: CancellationToken) {
@@ -77,6 +79,7 @@ impl Approvals {
                 Some(Ok(watcher::Event::Init)) => listing = BTreeMap::new(),
                 Some(Ok(watcher::Event::InitApply(it))) => listing.extend(of(it)),
                 Some(Ok(watcher::Event::InitDone)) => {
+                    self.monitor.succeeded(APPROVALS, "");
                     existing = std::mem::take(&mut listing);
                     is_listed = true;
                     backoff.reset();
@@ -85,13 +88,21 @@ impl Approvals {
                 Some(Ok(watcher::Event::Delete(it))) => drop(it.uid().and_then(|uid| existing.remove(&uid))),
                 Some(Err(error)) => {
                     warn!(%error, "PolicyApprovals cannot be watched: new approvals have no effect");
+                    self.monitor.watch_failed(APPROVALS, &error);
                     tokio::time::sleep(backoff.next_delay()).await;
                     continue;
                 }
             }
-            if is_listed && let Err(error) = self.pass(&existing).await {
-                warn!(error = format!("{error:#}"), "approvals not processed");
-                tokio::time::sleep(backoff.next_delay()).await;
+            if !is_listed {
+                continue;
+            }
+            match self.pass(&existing).await {
+                Ok(()) => self.monitor.done(Task::Approvals, ""),
+                Err(error) => {
+                    warn!(error = format!("{error:#}"), "approvals not processed");
+                    self.monitor.failed(Task::Approvals, "", &error);
+                    tokio::time::sleep(backoff.next_delay()).await;
+                }
             }
         }
     }
@@ -192,7 +203,7 @@ mod tests {
         let (store, lease) = (hanse_store::in_memory(), Duration::from_secs(30));
         let registry = Registry::open(store, lease, Clock::default(), &shutdown).await.expect("it opens");
         let client = Client::try_from(Config::new("https://127.0.0.1:1".parse().expect("a URI"))).expect("a client");
-        let approvals = Approvals::new(client, registry.clone());
+        let approvals = Approvals::new(client, registry.clone(), Monitor::new("hub"));
         let spec = PolicyApprovalSpec {
             action: ApprovalAction::Apply,
             kind: "FederatedNetworkPolicy".to_owned(),

@@ -3,6 +3,7 @@
 //! The object exists already, from the chart or the guide: a hub has no right to create one. A hub writes it only where it differs,
 //! and with the version that it has read, so that hubs do not remove the certificates of each other.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -23,6 +24,7 @@ use tracing::{info, warn};
 use x509_parser::pem::Pem;
 
 use super::certificate::{COMMON_NAME, Certificates};
+use crate::management::Monitor;
 
 /// The name of the configuration, unless another is given.
 pub const CONFIGURATION: &str = "hanse-hub";
@@ -37,6 +39,11 @@ const ANSWER_SECONDS: i32 = 8;
 const EVERY: Duration = Duration::from_secs(10);
 /// API servers watch the configuration. This long after a certificate was added, they know it.
 const SETTLED: Duration = Duration::from_secs(3);
+/// Where another program removed the certificate of a hub this often, it will again: once is a mistake, which the hub repairs.
+const MAX_OVERWRITTEN: usize = 2;
+const OVERWRITTEN_WITHIN: Duration = Duration::from_secs(600);
+/// Times that are remembered: one for each comparison within that time.
+const MAX_TIMES: usize = 60;
 /// Certificates in the bundle: two of each hub, and of hubs that ended without removing theirs. The newest ones are kept.
 const MAX_CERTIFICATES: usize = 32;
 
@@ -153,6 +160,30 @@ pub fn webhooks(address: &Address) -> Vec<ValidatingWebhook> {
     }]
 }
 
+/// When another program removed the certificate of this hub from the configuration.
+#[derive(Debug, Default)]
+struct Overwritten(VecDeque<tokio::time::Instant>);
+
+impl Overwritten {
+    fn note(&mut self, was_overwritten: bool, now: tokio::time::Instant) {
+        if was_overwritten {
+            self.0.push_back(now);
+            self.0.truncate(MAX_TIMES);
+        }
+    }
+
+    /// How often within [`OVERWRITTEN_WITHIN`].
+    fn times(&mut self, now: tokio::time::Instant) -> usize {
+        self.0.retain(|at| now.duration_since(*at) <= OVERWRITTEN_WITHIN);
+        self.0.len()
+    }
+}
+
+fn has_certificate(found: &ValidatingWebhookConfiguration, pem: &str) -> bool {
+    let mut bundles = found.webhooks.iter().flatten().map(|it| it.client_config.ca_bundle.as_ref());
+    bundles.all(|it| it.is_some_and(|it| String::from_utf8_lossy(&it.0).contains(pem)))
+}
+
 /// Whether API servers can use the webhook of this hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
@@ -174,6 +205,7 @@ pub(super) struct Keeper {
     state: Arc<watch::Sender<State>>,
     /// Cancelled when the first certificate is served, which API servers know.
     settled: CancellationToken,
+    monitor: Monitor,
 }
 
 impl Keeper {
@@ -182,10 +214,11 @@ impl Keeper {
         name: String,
         address: Address,
         certificates: Arc<Certificates>,
+        monitor: &Monitor,
     ) -> (Self, watch::Receiver<State>) {
         let (state, receiver) = watch::channel(State::Unknown);
         let (api, state, settled) = (Api::all(client), Arc::new(state), CancellationToken::new());
-        (Self { api, name, address, certificates, state, settled }, receiver)
+        (Self { api, name, address, certificates, state, settled, monitor: monitor.clone() }, receiver)
     }
 
     /// Cancelled when API servers can use the webhook for the first time.
@@ -197,13 +230,15 @@ impl Keeper {
         let every = EVERY.min(self.certificates.lifetime() / 10).max(Duration::from_millis(100));
         let settled = SETTLED.min(self.certificates.lifetime() / 10);
         let mut backoff = Backoff::new(Duration::from_millis(200), every);
+        let mut overwritten = Overwritten::default();
         // Since when the configuration has all certificates of this hub.
         let mut complete: Option<tokio::time::Instant> = None;
         loop {
             let made = self.reconcile().await;
             let pause = match &made {
-                Ok(()) => {
+                Ok(was_overwritten) => {
                     backoff.reset();
+                    overwritten.note(*was_overwritten, tokio::time::Instant::now());
                     let since = *complete.get_or_insert_with(tokio::time::Instant::now);
                     let is_new = self.certificates.has_next() || !self.settled.is_cancelled();
                     if is_new && since.elapsed() < settled {
@@ -222,7 +257,7 @@ impl Keeper {
                     backoff.next_delay()
                 }
             };
-            self.report(made);
+            self.report(made.map(drop), overwritten.times(tokio::time::Instant::now()));
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
@@ -230,8 +265,8 @@ impl Keeper {
         }
     }
 
-    /// Makes the configuration what it should be.
-    async fn reconcile(&self) -> anyhow::Result<()> {
+    /// Makes the configuration what it should be. True: another program had removed the certificate that is served.
+    async fn reconcile(&self) -> anyhow::Result<bool> {
         let now = SystemTime::now();
         let own = self.certificates.known(now)?;
         let what = || format!("ValidatingWebhookConfiguration {}", self.name);
@@ -248,16 +283,28 @@ impl Keeper {
         for webhook in wanted.webhooks.iter_mut().flatten() {
             webhook.client_config.ca_bundle = Some(ByteString(bundle.clone().into_bytes()));
         }
+        let serving = self.certificates.serving().filter(|(end, _)| self.settled.is_cancelled() && *end > now);
+        let was_overwritten = serving.is_some_and(|(_, pem)| !has_certificate(&found, &pem));
         if wanted != found {
             let replaced = answered(self.api.replace(&self.name, &PostParams::default(), &wanted)).await;
             replaced.with_context(|| format!("write {}", what()))?;
             info!(configuration = self.name, "webhook configuration written");
         }
-        Ok(())
+        Ok(was_overwritten)
     }
 
-    fn report(&self, made: anyhow::Result<()>) {
+    fn report(&self, made: anyhow::Result<()>, overwritten: usize) {
         let state = match made {
+            Ok(()) if overwritten >= MAX_OVERWRITTEN => State::Failing {
+                reason: "ConfigurationOverwritten",
+                message: format!(
+                    "another program removed the certificate of this hub from caBundle of the ValidatingWebhookConfiguration {} \
+                     {overwritten} times within {} minutes, and API servers refuse writes until the hub repairs it: exclude caBundle from \
+                     what that program manages",
+                    self.name,
+                    OVERWRITTEN_WITHIN.as_secs() / 60
+                ),
+            },
             Ok(()) => State::Ready,
             Err(error) => {
                 let error = format!("{error:#}");
@@ -270,6 +317,10 @@ impl Keeper {
                 State::Failing { reason, message: format!("{first}: {error}") }
             }
         };
+        self.monitor.webhook(match &state {
+            State::Failing { reason, message } => Some((*reason, &**message)),
+            State::Unknown | State::Ready => None,
+        });
         self.state.send_if_modified(|old| {
             let changed = *old != state;
             if changed && let State::Failing { message, .. } = &state {
@@ -375,7 +426,7 @@ mod tests {
         let made = Certificates::new("127.0.0.1".to_owned(), Duration::from_secs(10)).expect("a certificate");
         let (made, client) = (Arc::new(made), Client::new(server, "default"));
         let address = Address::Url { host: "127.0.0.1".to_owned(), port: 1 };
-        let (keeper, _state) = Keeper::new(client, "hub".to_owned(), address, Arc::clone(&made));
+        let (keeper, _state) = Keeper::new(client, "hub".to_owned(), address, Arc::clone(&made), &Monitor::new("hub"));
         let (settled, stop) = (keeper.settled(), CancellationToken::new());
         let running = tokio::spawn(keeper.run(stop.clone()));
         tokio::time::timeout(Duration::from_secs(60), settled.cancelled()).await.expect("it is usable");

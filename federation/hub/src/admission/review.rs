@@ -14,6 +14,7 @@ use tracing::warn;
 use super::access::{Access, Verb};
 use super::approval::{Change, authors_of, tiers_of};
 use crate::custom_resources::{ApprovalAction, FederatedNetworkPolicy, PolicyApprovalSpec, Tier};
+use crate::management::Monitor;
 use crate::manifest::{self, Kind, ObjectId};
 use crate::metrics::HubMetrics;
 use crate::registry::records::{ApprovalRecord, ChangeAction, ChangeRecord};
@@ -125,8 +126,8 @@ pub(super) struct Reviewer {
 }
 
 impl Reviewer {
-    pub(super) fn new(client: Client, registry: Registry, metrics: HubMetrics) -> Self {
-        Self { access: Access::new(client.clone()), client, registry, metrics }
+    pub(super) fn new(client: Client, registry: Registry, metrics: HubMetrics, monitor: Monitor) -> Self {
+        Self { access: Access::new(client.clone(), monitor), client, registry, metrics }
     }
 
     /// The answer to a review, in JSON.

@@ -1,5 +1,7 @@
 //! The metrics of the operator. Labels come from closed sets.
 
+use std::time::Duration;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -16,7 +18,7 @@ pub struct OperatorMetrics {
     pub(super) without_resource: Gauge,
     pub(super) writes: Family<Writes, Counter>,
     pub(super) refusals: Family<Refusals, Counter>,
-    pub(super) queue_age: Gauge,
+    queue_age: Gauge,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -67,6 +69,11 @@ impl OperatorMetrics {
             "Age of the oldest change of a custom resource that is not reconciled",
             self.queue_age.clone(),
         );
+    }
+
+    /// The age of the oldest change that is not reconciled.
+    pub(crate) fn queued_for(&self, age: Duration) {
+        self.queue_age.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
     }
 
     pub(super) fn wrote(&self, write: &'static str) {

@@ -31,6 +31,7 @@ use super::tracked::{Pending, Refused, Tracked};
 use super::writer::{Patched, Write, Writer};
 use crate::administration::{Administration, OperatorEdit, is_pending_stage};
 use crate::admission::approval::Seen;
+use crate::management::Task;
 use crate::manifest::{self, Kind, ObjectId};
 use crate::registry::{ChangeError, Registry};
 use crate::status::Realisations;
@@ -95,7 +96,10 @@ impl Reconciler {
     /// Takes what a watch reports. A list replaces the objects when it is complete.
     pub fn take(&mut self, resource: Resource, event: Result<watcher::Event<DynamicObject>, watcher::Error>) {
         match event {
-            Ok(watcher::Event::Apply(object)) => self.take_object(resource, &object),
+            Ok(watcher::Event::Apply(object)) => {
+                self.writer.monitor.succeeded(Task::Read(resource.name()), "");
+                self.take_object(resource, &object);
+            }
             Ok(watcher::Event::Delete(object)) => {
                 let key = Key::new(resource, &object.name_any());
                 self.tracked.remove(&key);
@@ -109,6 +113,7 @@ impl Reconciler {
                 self.listing.entry(resource).or_default().insert(key, tracked);
             }
             Ok(watcher::Event::InitDone) => {
+                self.writer.monitor.succeeded(Task::Read(resource.name()), "");
                 let mut old = std::mem::take(&mut self.tracked);
                 for (key, tracked) in self.listing.remove(&resource).unwrap_or_default() {
                     let before = old.remove(&key);
@@ -117,7 +122,10 @@ impl Reconciler {
                 self.tracked.extend(old.into_iter().filter(|(key, _)| key.resource != resource));
                 self.listed.insert(resource);
             }
-            Err(error) => warn!(kind = resource.name(), %error, "custom resources cannot be watched"),
+            Err(error) => {
+                warn!(kind = resource.name(), %error, "custom resources cannot be watched");
+                self.writer.monitor.watch_failed(Task::Read(resource.name()), &error);
+            }
         }
     }
 
@@ -356,9 +364,14 @@ impl Reconciler {
             if leaving.is_empty() {
                 continue;
             }
+            let (definition, monitor) = (Task::Definition(resource.name()), &self.writer.monitor);
             let is_decision = match self.is_served(resource).await {
-                Ok(is_decision) => is_decision,
+                Ok(is_decision) => {
+                    monitor.succeeded(definition, "");
+                    is_decision
+                }
                 Err(error) => {
+                    monitor.failed(definition, "", &error);
                     warn!(kind = resource.name(), error = format!("{error:#}"), "deletions wait");
                     let first = || (Backoff::new(UNDECIDED.0, UNDECIDED.1), Instant::now());
                     let (backoff, at) = self.undecided.entry(resource).or_insert_with(first);

@@ -13,7 +13,8 @@ use super::metrics::OperatorMetrics;
 use super::objects::FINALIZER;
 use super::resource::{Key, Resource};
 use super::tracked::Tracked;
-use hanse_kubernetes::{answered, message};
+use crate::management::{Monitor, OBJECT, Task};
+use hanse_kubernetes::{RequestError, answered};
 
 /// The owner of the fields that the operator writes.
 pub const FIELD_MANAGER: &str = "hanse-operator";
@@ -51,6 +52,7 @@ pub struct Writer {
     pub client: Client,
     pub recorder: Recorder,
     pub metrics: OperatorMetrics,
+    pub monitor: Monitor,
 }
 
 impl Write {
@@ -84,6 +86,17 @@ impl Write {
     }
 }
 
+impl Write {
+    /// What of an object it writes.
+    fn part(&self) -> &'static str {
+        match self {
+            Self::Status(_) => "status",
+            Self::Finalizer(_) | Self::Release(_) => "finalizer",
+            Self::Create(_) => OBJECT,
+        }
+    }
+}
+
 /// An object of a server-side apply. With its UID, it is never created by it.
 fn applied(key: &Key, object: &Tracked) -> Value {
     let metadata = json!({"name": *key.name, "uid": object.uid});
@@ -107,6 +120,7 @@ impl Writer {
     /// Sends one write.
     pub async fn write(&self, key: &Key, write: Write) -> Patched {
         let (api, kind) = (self.api(key.resource), write.name());
+        let task = Task::Write(key.resource.name(), write.part());
         let applying = PatchParams::apply(FIELD_MANAGER).force();
         let writing = async {
             Ok(match write {
@@ -125,18 +139,30 @@ impl Writer {
         match answered(writing).await {
             Ok(Ok(object)) => {
                 self.metrics.wrote(kind);
+                self.monitor.succeeded(task, &key.name);
                 Patched::Made(Box::new(object))
             }
             Ok(Err(kube::Error::Api(status))) => match status.code {
-                404 | 409 => Patched::Gone,
+                404 | 409 => {
+                    self.monitor.succeeded(task, &key.name);
+                    Patched::Gone
+                }
                 _ => {
                     self.metrics.refused("api_server");
-                    Patched::Refused(if status.message.is_empty() { status.reason } else { status.message })
+                    let why = if status.message.is_empty() { status.reason } else { status.message };
+                    self.monitor.refused(task, &key.name, &why);
+                    Patched::Refused(why)
                 }
             },
-            Ok(Err(error)) => Patched::Failed(failed(key, message(error))),
-            Err(error) => Patched::Failed(failed(key, format!("{error:#}"))),
+            Ok(Err(error)) => self.failed(task, key, RequestError::new(error).into()),
+            Err(error) => self.failed(task, key, error),
         }
+    }
+
+    fn failed(&self, task: Task, key: &Key, error: anyhow::Error) -> Patched {
+        let error = error.context(format!("write {key} to the API server"));
+        self.monitor.failed(task, &key.name, &error);
+        Patched::Failed(error)
     }
 
     /// Reads one object again. `None`: it does not exist. A list, since the operator has no right to `get`.
@@ -156,8 +182,12 @@ impl Writer {
         let event =
             Event { type_: EventType::Warning, reason, note: Some(note), action: "Apply".to_owned(), secondary: None };
         match answered(self.recorder.publish(&event, &reference)).await {
-            Ok(()) => self.metrics.wrote("event"),
+            Ok(()) => {
+                self.metrics.wrote("event");
+                self.monitor.succeeded(Task::Event, "");
+            }
             Err(error) => {
+                self.monitor.failed(Task::Event, "", &error);
                 self.metrics.refused("api_server");
                 warn!(object = %key, error = format!("{error:#}"), "event not written");
             }
@@ -175,8 +205,4 @@ pub fn reference(key: &Key, object: &Tracked) -> ObjectReference {
         resource_version: Some(object.version.clone()),
         ..ObjectReference::default()
     }
-}
-
-fn failed(key: &Key, why: String) -> anyhow::Error {
-    anyhow::anyhow!(why).context(format!("write {key} to the API server"))
 }

@@ -73,6 +73,32 @@ impl ReplicaRecord {
     }
 }
 
+/// `operator/<identity>`: the state of the operator and the webhook of one hub.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OperatorRecord {
+    /// Since when it has the Lease, in seconds since 1970.
+    #[serde(default)]
+    pub leads_since: Option<u64>,
+    /// The process that has the Lease, as this one read it.
+    #[serde(default)]
+    pub leader: Option<String>,
+    /// The first problems, and their number.
+    #[serde(default)]
+    pub problems: Vec<OperatorProblem>,
+    #[serde(default)]
+    pub total: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OperatorProblem {
+    pub reason: String,
+    pub message: String,
+    /// In seconds since 1970.
+    pub since: u64,
+}
+
 /// `member/<cluster>`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemberRecord {

@@ -9,7 +9,7 @@ use hanse_store::{LeaseId, StoreError, Transaction};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::records::ReplicaRecord;
+use super::records::{OperatorRecord, ReplicaRecord};
 use super::{ChangeError, Registry, key, records};
 
 /// How long the record of a replica stays after its process was killed; on etcd, up to a sixth longer.
@@ -65,11 +65,69 @@ impl Registry {
     }
 }
 
+impl Registry {
+    /// Keeps the state of the operator of this process in the store until `stop`. It is written when it differs.
+    pub async fn report_operator(
+        self,
+        identity: Arc<str>,
+        state: impl Fn() -> OperatorRecord,
+        stop: CancellationToken,
+    ) {
+        let mut written: Option<(LeaseId, OperatorRecord)> = None;
+        while !stop.is_cancelled() {
+            let state = state();
+            match self.write_operator(written.as_ref(), &identity, &state).await {
+                Ok(lease) => written = Some((lease, state)),
+                Err(error) if self.unavailable_for().is_none() => {
+                    warn!(%error, "state of the operator not written to the store; trying again");
+                }
+                Err(_) => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => break,
+                () = tokio::time::sleep(RENEW_EVERY) => {}
+            }
+        }
+        if let Some((lease, _)) = written {
+            let _ = tokio::time::timeout(END_WITHIN, self.shared.store.end_lease(lease)).await;
+        }
+    }
+
+    async fn write_operator(
+        &self,
+        written: Option<&(LeaseId, OperatorRecord)>,
+        identity: &str,
+        state: &OperatorRecord,
+    ) -> Result<LeaseId, ChangeError> {
+        let mut lease = None;
+        if let Some((current, before)) = written {
+            match self.shared.store.renew_lease(*current).await {
+                Err(StoreError::NoLease(_)) => {}
+                outcome => {
+                    self.checked(outcome)?;
+                    if before == state {
+                        return Ok(*current);
+                    }
+                    lease = Some(*current);
+                }
+            }
+        }
+        let lease = match lease {
+            Some(lease) => lease,
+            None => self.checked(self.shared.store.grant_lease(ANNOUNCED_FOR).await)?,
+        };
+        let put = Transaction::default().put_with_lease(key(&["operator", identity])?, records::encode(state), lease);
+        self.checked(self.shared.store.commit(put).await)?;
+        Ok(lease)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use hanse_store::in_memory;
 
     use super::super::Clock;
+    use super::super::records::OperatorProblem;
     use super::*;
     use hanse_runtime::shutdown::Shutdown;
 
@@ -94,6 +152,31 @@ mod tests {
         for task in tasks {
             task.await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn state_of_an_operator_is_seen_by_other_replicas_until_its_process_stops() {
+        let store = in_memory();
+        let open = async || {
+            Registry::open(store.clone(), Duration::from_secs(30), Clock::default(), &Shutdown::default()).await
+        };
+        let (one, other) = (open().await.unwrap(), open().await.unwrap());
+        let (stop, problem) = (CancellationToken::new(), "NotRead".to_owned());
+        let problem = OperatorProblem { reason: problem, message: "forbidden".to_owned(), since: 7 };
+        let state = OperatorRecord { leads_since: Some(5), problems: vec![problem], total: 1, leader: None };
+        let reported = state.clone();
+        let task = tokio::spawn(one.report_operator("hub-0".into(), move || reported.clone(), stop.clone()));
+        let mut view = other.subscribe();
+        view.wait_for(|it| it.operators.get("hub-0").is_some_and(|it| **it == state)).await.unwrap();
+        // It is not written again while it is the same.
+        let revision = other.snapshot().revision;
+        let again = other.write_operator(None, "hub-1", &state).await.unwrap();
+        assert_eq!(other.write_operator(Some(&(again, state.clone())), "hub-1", &state).await.unwrap(), again);
+        view.wait_for(|it| it.operators.len() == 2).await.unwrap();
+        assert_eq!(other.snapshot().revision, revision + 1);
+        stop.cancel();
+        view.wait_for(|it| !it.operators.contains_key("hub-0")).await.unwrap();
+        task.await.unwrap();
     }
 
     #[tokio::test]

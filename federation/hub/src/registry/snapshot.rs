@@ -12,8 +12,8 @@ use hanse_policy::inventory::Labels;
 use hanse_store::{Change, Entry, Event, LeaseId, Listing, Revision, Transaction};
 
 use super::records::{
-    self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, ProposalRecord, ReplicaRecord, Settings,
-    TokenRecord, UserRecord,
+    self, ApprovalRecord, ChangeRecord, MemberRecord, MemberState, OperatorRecord, ProposalRecord, ReplicaRecord,
+    Settings, TokenRecord, UserRecord,
 };
 use crate::grants::MemberCluster;
 use crate::manifest::{self, Kind, ObjectId};
@@ -50,6 +50,8 @@ pub struct Snapshot {
     grants: BTreeMap<Arc<str>, Arc<Stored<MemberCluster>>>,
     /// The addresses of each replica of the hub that is running.
     replicas: BTreeMap<Arc<str>, Arc<BTreeSet<String>>>,
+    /// The states of the operators of all replicas that are running, by their identities.
+    pub(crate) operators: BTreeMap<Arc<str>, Arc<OperatorRecord>>,
     /// `instance/<cluster>`: the process that publishes for each cluster, its number in hexadecimal.
     pub(super) instances: BTreeMap<Arc<str>, Arc<Stored<Arc<str>>>>,
 }
@@ -288,6 +290,11 @@ impl Snapshot {
                 // A record of another version may be unreadable here: its addresses are not sent, and all else goes on.
                 let addresses = entry.map(|entry| Arc::new(ReplicaRecord::read(replica, &entry.value)));
                 set(&mut self.replicas, replica, addresses);
+            }
+            ["operator", identity] => {
+                // One that another version wrote may be unreadable: it has no state here.
+                let record = entry.and_then(|entry| records::decode(&entry.value).ok()).map(Arc::new);
+                set(&mut self.operators, identity, record);
             }
             ["meta", "settings"] => self.settings = read(entry)?,
             ["change", uid, id] => {

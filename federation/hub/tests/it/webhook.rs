@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hanse_hub::admission::{self, Address, Admission, ClientOptions};
+use hanse_hub::management::Monitor;
 use hanse_hub::metrics::HubMetrics;
 use hanse_hub::registry::records::{ChangeAction, ChangeRecord, encode};
 use hanse_hub::registry::{ChangeError, Registry, change_key};
@@ -82,7 +83,7 @@ async fn start(clients: ClientOptions, shutdown: &Shutdown) -> Admission {
         clients,
     };
     let metrics = HubMetrics::new(&Metrics::default());
-    admission::start(options, client, registry(shutdown).await, &metrics, shutdown).await.unwrap()
+    admission::start(options, client, registry(shutdown).await, &metrics, &Monitor::new("hub"), shutdown).await.unwrap()
 }
 
 /// A connection from a loopback address.

@@ -17,13 +17,14 @@ use tracing::{info, warn};
 
 use super::Reconciler;
 use crate::custom_resources::ClusterJoinTokenStatus;
+use crate::management::Task;
 use crate::operator::condition::{Answer, Refusal, conditions, json};
 use crate::operator::members;
 use crate::operator::resource::Key;
 use crate::operator::tracked::{Details, Refused, Tracked};
 use crate::operator::writer::FIELD_MANAGER;
 use crate::registry::{ChangeError, Snapshot};
-use hanse_kubernetes::{answered, message};
+use hanse_kubernetes::{RequestError, answered};
 
 /// The key of the token in its Secret.
 const SECRET_KEY: &str = "token";
@@ -106,10 +107,14 @@ impl Reconciler {
                 serde_json::from_value::<Secret>(secret).expect("a Secret")
             };
             let api: Api<Secret> = Api::default_namespaced(self.writer.client.clone());
+            let monitor = &self.writer.monitor;
             let create = async |secret: &Secret, dry_run| {
                 let parameters = PostParams { dry_run, field_manager: Some(FIELD_MANAGER.to_owned()) };
                 match answered(async { Ok(api.create(&parameters, secret).await) }).await.map_err(Err)? {
-                    Ok(_) => Ok(()),
+                    Ok(_) => {
+                        monitor.succeeded(Task::Secret, &key.name);
+                        Ok(())
+                    }
                     Err(kube::Error::Api(status)) if status.code == 409 => {
                         let name = &spec.secret_name;
                         let text = format!(
@@ -117,9 +122,13 @@ impl Reconciler {
                         );
                         Err(Ok(refused("SecretExists", text)))
                     }
-                    Err(kube::Error::Api(status)) => Err(Ok(refused("SecretNotWritten", status.message))),
+                    Err(kube::Error::Api(status)) => {
+                        monitor.refused(Task::Secret, &key.name, &status.message);
+                        Err(Ok(refused("SecretNotWritten", status.message)))
+                    }
                     Err(error) => {
-                        Err(Err(anyhow::anyhow!(message(error)).context(format!("write the Secret of {key}"))))
+                        let error = anyhow::Error::from(RequestError::new(error));
+                        Err(Err(error.context(format!("write the Secret of {key}"))))
                     }
                 }
             };
