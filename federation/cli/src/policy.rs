@@ -19,6 +19,7 @@ mod matrix;
 mod order;
 mod pending;
 mod reading;
+mod reject;
 mod scaffold;
 mod selector;
 

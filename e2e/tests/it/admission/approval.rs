@@ -20,6 +20,18 @@ impl World {
         (output.status.success(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
     }
 
+    /// `hanse policy reject`, with the rights of a user.
+    fn reject(&self, user: &str, object: &str) -> (bool, String) {
+        let mut command = std::process::Command::new(crate::system::programs().join("hanse"));
+        command.args(["policy", "reject", object, "--kubeconfig"]).arg(self.kubeconfig_of(user));
+        let output = command.output().expect("it runs");
+        (output.status.success(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    }
+
+    fn uid(&self, object: &str) -> String {
+        self.kubectl("", &["get", object, "-o", "jsonpath={.metadata.uid}"]).1
+    }
+
     fn order(&self) -> Value {
         self.in_force("fnp", "web")["spec"]["order"].clone()
     }
@@ -124,6 +136,45 @@ fn changes_wait_for_another_user() {
         let (success, text) = world.approve("eve", "fnp/web");
         assert!(success && text.contains("order"), "{text}");
         world.until("in force", || world.order() == 4).await;
+        // A change is rejected by a user who could make it, and not by one who may only approve.
+        world.apply("ada", &with_order(7));
+        waits("fnp/web").await;
+        let (success, text) = world.reject("eve", "fnp/web");
+        assert!(!success && text.contains("needs the verb \"use\""), "{text}");
+        let (success, text) = world.reject("bob", "fnp/web");
+        assert!(success && text.contains("the version in force again"), "{text}");
+        world.until_condition("fnp/web", "Approved", "True", "Approved").await;
+        world.until("not staged", || world.in_force("sfnp", "web").is_null()).await;
+        assert_eq!(world.order(), 4);
+
+        // A deletion cannot be revoked, and is rejected all the same: the object is another one, and the hub's stays as it is.
+        let revision = || world.in_force("fnp", "web")["metadata"]["resourceVersion"].clone();
+        let (before, uid) = (revision(), world.uid("fnp/web"));
+        assert!(world.kubectl("bob", &["delete", "--wait=false", "fnp/web"]).0);
+        world.until_condition("fnp/web", "Terminating", "True", "PendingApproval").await;
+        let message = world.condition("fnp/web", "Terminating")[2].clone();
+        assert!(message.contains("`hanse policy reject FederatedNetworkPolicy/web`"), "{message}");
+        let (success, text) = world.try_apply("bob", &with_order(4));
+        let is_leaving = |world: &World| {
+            let path = "jsonpath={.metadata.deletionTimestamp}";
+            !world.kubectl("", &["get", "fnp/web", "-o", path]).1.is_empty()
+        };
+        assert!(is_leaving(&world), "{success} {text}");
+        for user in ["eve", "mallory"] {
+            let (success, text) = world.reject(user, "fnp/web");
+            assert!(!success && text.contains("needs the verb \"use\""), "{user}: {text}");
+            assert!(is_leaving(&world) && world.uid("fnp/web") == uid, "nothing is changed");
+        }
+        let (success, text) = world.reject("ada", "fnp/web");
+        assert!(success && text.contains("as a new object"), "{text}");
+        assert!(!is_leaving(&world) && world.uid("fnp/web") != uid);
+        world.until_condition("fnp/web", "Approved", "True", "Approved").await;
+        world.accepted("fnp/web").await;
+        world.until("not staged", || world.in_force("sfnp", "web").is_null()).await;
+        assert_eq!((world.order(), revision()), (json!(4), before), "it was in force all the time");
+        let (success, text) = world.reject("ada", "fnp/web");
+        assert!(!success && text.contains("no change of FederatedNetworkPolicy/web waits"), "{text}");
+
         assert!(world.kubectl("bob", &["delete", "--wait=false", "fnp/web"]).0);
         world.until_condition("fnp/web", "Terminating", "True", "PendingApproval").await;
         assert_eq!(world.order(), 4);
@@ -151,7 +202,9 @@ fn changes_wait_for_another_user() {
         let objects: Vec<&Value> = items.map(|it| &it["object"]).collect();
         assert!(success && objects == ["FederatedNetworkPolicy/reserved"], "{text}");
         world.refused("mallory", &["delete", "fnp/reserved"], "on tiers.hanse.dev/strict");
-        assert!(world.kubectl("eve", &["delete", "--timeout=60s", "fnp/reserved"]).0, "{}", world.hub_log());
+        let (success, text) = world.reject("eve", "fnp/reserved");
+        assert!(success && text.contains("never in force"), "{text}");
+        world.until("deleted", || !world.kubectl("", &["get", "fnp/reserved"]).0).await;
 
         // The tier does not become lenient by one user alone.
         world.apply("", &tier("strict", "phase: Guard, order: 100, defaultAction: Deny"));

@@ -71,16 +71,19 @@ impl Management {
 }
 
 /// A change that waits.
-struct Pending {
+pub struct Pending {
     kind: &'static str,
     name: String,
     uid: String,
     generation: i64,
-    is_deletion: bool,
-    digest: String,
+    pub is_deletion: bool,
+    pub digest: String,
     why: String,
-    before: Value,
+    /// The version in force; null if there is none.
+    pub before: Value,
     after: Value,
+    /// The object with the change.
+    pub object: DynamicObject,
 }
 
 impl Arguments {
@@ -185,7 +188,7 @@ pub fn api(client: &Client, kind: &str) -> Api<DynamicObject> {
 const READ_WITHIN: Duration = Duration::from_secs(10);
 
 /// The change of an object that waits.
-async fn read(client: &Client, kind: &'static str, name: String) -> anyhow::Result<Pending> {
+pub async fn read(client: &Client, kind: &'static str, name: String) -> anyhow::Result<Pending> {
     let start = Instant::now();
     loop {
         match read_once(client, kind, name.clone()).await? {
@@ -222,7 +225,7 @@ async fn read_once(client: &Client, kind: &'static str, name: String) -> anyhow:
     };
     let why = condition["message"].as_str().unwrap_or_default().to_owned();
     let uid = object.uid().unwrap_or_default();
-    Ok(Some(Pending { kind, name, uid, generation, is_deletion, digest, why, before, after }))
+    Ok(Some(Pending { kind, name, uid, generation, is_deletion, digest, why, before, after, object }))
 }
 
 async fn create(client: &Client, pending: &Pending) -> anyhow::Result<String> {

@@ -13,8 +13,9 @@ use kube::{Client, ResourceExt as _};
 use serde::Serialize;
 
 use super::approve::{Management, api, is_elsewhere, target_name};
+use super::reject;
 use crate::online::kind::target;
-use crate::online::{MAX_ANSWER_BYTES, call, open, time, with_client};
+use crate::online::{MAX_ANSWER_BYTES, call, open, time};
 use crate::output::{self, Format, UsageError};
 
 /// List the changes of policies and tiers that wait for approvals.
@@ -37,15 +38,19 @@ pub struct List {
     management: Management,
 }
 
-/// Drop a pending change of a policy or a tier at a hub without an operator.
+/// Drop a pending change of a policy or a tier.
 ///
-/// The version in force stays. The authors of the change may do this, and users who may approve it. Where an operator reconciles custom
-/// resources, apply the version in force again; a policy that was never in force may be deleted by a user with the verb `approve` on its
-/// tier.
+/// The version in force stays enforced. At a hub without an operator, the authors of the change may do this, and users who may approve it.
+///
+/// Where an operator reconciles custom resources, or with --kubeconfig, the object becomes the version in force again, with the
+/// credentials of the kubeconfig: the user needs the verb `use` on the tier, and the usual verbs on the kind. Of a pending deletion,
+/// which Kubernetes cannot revoke, the command removes the finalizer of the hub and creates the object again. The hub has this version
+/// already, so that it needs no approval. An object that was never in force is deleted: for this, the verb `approve` suffices.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  hanse policy reject fnp/web")]
+  hanse policy reject fnp/web
+  hanse policy reject tier/platform --kubeconfig management.kubeconfig")]
 pub struct Reject {
     /// Object, as KIND/NAME: FederatedNetworkPolicy (fnp), the default, or Tier (tier).
     object: String,
@@ -54,7 +59,12 @@ pub struct Reject {
     digest: Option<String>,
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+    #[command(flatten)]
+    management: Management,
 }
+
+/// Objects in a page of a list.
+const PAGE: u32 = 500;
 
 /// A change that waits.
 #[derive(Debug, Serialize)]
@@ -151,9 +161,16 @@ fn at_hub(context: Option<&Path>) -> anyhow::Result<Option<Vec<Change>>> {
 async fn at_management(client: &Client) -> anyhow::Result<Vec<Change>> {
     let mut changes = Vec::new();
     for kind in ["FederatedNetworkPolicy", "Tier"] {
-        let listed = answered(api(client, kind).list(&ListParams::default())).await;
-        let listed = listed.with_context(|| format!("list objects of the kind {kind}"))?;
-        changes.extend(listed.items.iter().filter_map(|object| waits(kind, object)));
+        let (api, mut page) = (api(client, kind), ListParams::default().limit(PAGE));
+        loop {
+            let listed = answered(api.list(&page)).await;
+            let listed = listed.with_context(|| format!("list objects of the kind {kind}"))?;
+            changes.extend(listed.items.iter().filter_map(|object| waits(kind, object)));
+            match listed.metadata.continue_.filter(|it| !it.is_empty()) {
+                Some(token) => page = page.continue_token(&token),
+                None => break,
+            }
+        }
     }
     Ok(changes)
 }
@@ -192,20 +209,42 @@ impl Reject {
             let text = "only changes of FederatedNetworkPolicy and Tier wait for approvals";
             return Err(UsageError(text.to_owned()).into());
         }
-        let (named, digest) = (name.clone(), self.digest);
-        with_client(context, |mut client| async move {
-            let digest = match digest {
-                Some(digest) => digest,
-                None => {
-                    let request = pb::GetPendingRequest { kind: kind.into(), name: named.clone() };
-                    call(client.get_pending(request)).await?.digest
-                }
-            };
-            call(client.reject(pb::RejectRequest { kind: kind.into(), name: named, digest })).await
-        })?;
+        let is_at_hub = context.is_some() && self.management.kubeconfig.is_none();
+        let meaning = match is_at_hub && reject_at_hub(context, kind, &name, self.digest.clone())? {
+            true => "",
+            false => {
+                let kind = if kind == ObjectKind::Tier { "Tier" } else { "FederatedNetworkPolicy" };
+                hanse_identity::tls::install_provider();
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                let rejecting = async {
+                    let client = self.management.client().await?;
+                    reject::at_management(&client, kind, &name, self.digest.as_deref()).await
+                };
+                runtime.context("start the runtime")?.block_on(rejecting)?
+            }
+        };
         let object = target_name(kind, &name);
         let done = serde_json::json!({"object": object, "result": "rejected"});
-        output::done(self.output, &done, format_args!("the pending change of {object} is dropped"))?;
+        let meaning = if meaning.is_empty() { String::new() } else { format!(": {meaning}") };
+        output::done(self.output, &done, format_args!("the pending change of {object} is dropped{meaning}"))?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Drops a change at a hub that decides itself. False: its operator decides.
+fn reject_at_hub(context: Option<&Path>, kind: ObjectKind, name: &str, digest: Option<String>) -> anyhow::Result<bool> {
+    let (runtime, channel) = open(context)?;
+    let mut client = HubClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
+    let request = pb::GetPendingRequest { kind: kind.into(), name: name.to_owned() };
+    let found = match runtime.block_on(call(client.get_pending(request))) {
+        Ok(found) => Some(found),
+        Err(error) if is_elsewhere(&error) => return Ok(false),
+        // With a digest, the hub decides whether the user may know that there is none.
+        Err(_) if digest.is_some() => None,
+        Err(error) => return Err(error),
+    };
+    let digest = digest.or(found.map(|it| it.digest)).unwrap_or_default();
+    let request = pb::RejectRequest { kind: kind.into(), name: name.to_owned(), digest };
+    runtime.block_on(call(client.reject(request)))?;
+    Ok(true)
 }

@@ -101,8 +101,14 @@ fn waits(id: &ObjectId, pending: &Pending) -> String {
              see it: write it again"
         );
     }
+    let keep = match pending.action {
+        ChangeAction::Apply => String::new(),
+        ChangeAction::Delete => {
+            format!("; to keep the object, a user with the verb use runs `hanse policy reject {id}`")
+        }
+    };
     format!(
-        "tier {tiers} requires an approval: a user other than {} with the verb approve on it runs `hanse policy approve {id}`",
+        "tier {tiers} requires an approval: a user other than {} with the verb approve on it runs `hanse policy approve {id}`{keep}",
         named(&pending.authors)
     )
 }
