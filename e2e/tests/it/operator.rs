@@ -18,6 +18,7 @@ mod clusters;
 mod command;
 mod proxy;
 mod refusals;
+mod replicas;
 mod rights;
 mod writes;
 
@@ -59,6 +60,8 @@ struct World {
     kubeconfig: PathBuf,
     folder: tempfile::TempDir,
     listen: [SocketAddr; 2],
+    /// The URL of the store of the hub; `None`: a file.
+    store: Option<String>,
     hub: Option<Process>,
 }
 
@@ -87,6 +90,12 @@ pub(crate) async fn management_with(options: Options, objects: &[Value]) -> (Api
     (server, kubeconfig)
 }
 
+/// Addresses that are free.
+fn free<const COUNT: usize>() -> [SocketAddr; COUNT] {
+    let ports = [(); COUNT].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
+    ports.map(|it| it.local_addr().expect("an address"))
+}
+
 impl World {
     async fn start() -> Self {
         let mut world = Self::prepare().await;
@@ -96,10 +105,14 @@ impl World {
 
     /// A management cluster with the definitions and the rights of the chart, and a hub that does not run yet.
     async fn prepare() -> Self {
+        Self::prepare_on(None).await
+    }
+
+    async fn prepare_on(store: Option<String>) -> Self {
         let (server, kubeconfig) = management(&of_chart()).await;
-        let ports = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
-        let listen = ports.map(|it| it.local_addr().expect("an address"));
-        let world = Self { server, kubeconfig, folder: tempfile::tempdir().expect("a folder"), listen, hub: None };
+        let listen = free();
+        let world =
+            Self { server, kubeconfig, folder: tempfile::tempdir().expect("a folder"), listen, store, hub: None };
         let made = world.hub_command("init").output().expect("it runs");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         world
@@ -113,6 +126,7 @@ impl World {
         let mut command = Command::new(crate::system::programs().join("hanse-hub"));
         let [listen, join] = self.listen.map(|it| it.to_string());
         command.args([verb, "--listen", &listen, "--join-listen", &join, "--data"]).arg(self.data());
+        self.store.iter().for_each(|store| _ = command.args(["--store", store]));
         command
     }
 
