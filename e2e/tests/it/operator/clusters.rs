@@ -180,7 +180,7 @@ fn clusters_that_joined_without_custom_resource_get_one_with_their_grants() {
         assert_eq!(world.status("cset/default")["objectsWithoutResource"], json!(["Tier/platform"]));
         world.apply(super::TIER);
         world.until_is("cset/default", "Synchronized", ["True", "Synchronized"]).await;
-        assert_eq!(world.status("cset/default")["clusters"], "1/1");
+        world.until_counted(|| world.status("cset/default")["clusters"] == "1/1").await;
 
         // A cluster that joins now gets one, too.
         let (_, text) = world.hanse(&["token", "create", "--cluster", "later"]);
