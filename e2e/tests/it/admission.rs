@@ -3,6 +3,7 @@
 mod approval;
 mod certificate;
 mod rights;
+mod role;
 
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -57,6 +57,8 @@ pub enum Task {
     Approvals,
     /// Query the rights of users.
     Review,
+    /// Read an object of this kind whose change a user approves.
+    Approve(&'static str),
 }
 
 impl Task {
@@ -64,7 +66,7 @@ impl Task {
     fn reason(self) -> &'static str {
         match self {
             Self::Lease => "LeaseNotAcquired",
-            Self::Read(_) | Self::Definition(_) => "NotRead",
+            Self::Read(_) | Self::Definition(_) | Self::Approve(_) => "NotRead",
             Self::Write(..) | Self::Secret | Self::Event => "NotWritten",
             Self::Reconcile | Self::Approvals => "NotReconciled",
             Self::Review => "RightsNotChecked",
@@ -77,7 +79,7 @@ impl Task {
             Self::Lease | Self::Read(_) | Self::Definition(_) | Self::Reconcile | Self::Approvals => 30,
             Self::Write(..) | Self::Secret => 180,
             // There is no other attempt until the next occasion.
-            Self::Event | Self::Review => 600,
+            Self::Event | Self::Review | Self::Approve(_) => 600,
         })
     }
 
@@ -99,6 +101,7 @@ impl Task {
             Self::Event => format!("Events not written: {answer}"),
             Self::Reconcile => format!("custom resources are not reconciled: {answer}"),
             Self::Approvals => format!("approvals are not processed: {answer}"),
+            Self::Approve(kind) => format!("approvals of changes of {kind} are refused: {answer}"),
             Self::Review => format!("the rights of users cannot be checked, and their changes are refused: {answer}"),
         }
     }
@@ -252,8 +255,12 @@ impl Monitor {
         observed.leaderless = (!leads).then(|| (Instant::now(), now()));
         observed.waiting = None;
         if !leads {
-            let is_of_all = |task| matches!(task, Task::Lease | Task::Approvals | Task::Review | APPROVALS);
-            observed.failures.retain(|(task, _), _| is_of_all(*task));
+            let is_of_leader = |task| match task {
+                Task::Read(_) => task != APPROVALS,
+                Task::Lease | Task::Approvals | Task::Review | Task::Approve(_) => false,
+                Task::Write(..) | Task::Definition(_) | Task::Secret | Task::Event | Task::Reconcile => true,
+            };
+            observed.failures.retain(|(task, _), _| !is_of_leader(*task));
         }
     }
 

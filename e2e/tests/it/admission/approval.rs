@@ -13,7 +13,7 @@ fn with_order(order: u32) -> String {
 
 impl World {
     /// `hanse policy approve`, with the rights of a user.
-    fn approve(&self, user: &str, object: &str) -> (bool, String) {
+    pub(super) fn approve(&self, user: &str, object: &str) -> (bool, String) {
         let mut command = std::process::Command::new(crate::system::programs().join("hanse"));
         command.args(["policy", "approve", object, "--yes", "--kubeconfig"]).arg(self.kubeconfig_of(user));
         let output = command.output().expect("it runs");

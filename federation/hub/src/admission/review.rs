@@ -14,7 +14,7 @@ use tracing::warn;
 use super::access::{Access, Verb};
 use super::approval::{Change, authors_of, tiers_of};
 use crate::custom_resources::{ApprovalAction, FederatedNetworkPolicy, PolicyApprovalSpec, Tier};
-use crate::management::Monitor;
+use crate::management::{Monitor, Task};
 use crate::manifest::{self, Kind, ObjectId};
 use crate::metrics::HubMetrics;
 use crate::registry::records::{ApprovalRecord, ChangeAction, ChangeRecord};
@@ -123,11 +123,12 @@ pub(super) struct Reviewer {
     access: Access,
     registry: Registry,
     metrics: HubMetrics,
+    monitor: Monitor,
 }
 
 impl Reviewer {
     pub(super) fn new(client: Client, registry: Registry, metrics: HubMetrics, monitor: Monitor) -> Self {
-        Self { access: Access::new(client.clone(), monitor), client, registry, metrics }
+        Self { access: Access::new(client.clone(), monitor.clone()), client, registry, metrics, monitor }
     }
 
     /// The answer to a review, in JSON.
@@ -312,6 +313,11 @@ impl Reviewer {
         let id = ObjectId { kind, name: spec.name.as_str().into() };
         let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
         let object = answered(api.get_opt(&spec.name)).await;
+        let task = Task::Approve(kind.name());
+        match &object {
+            Ok(_) => self.monitor.succeeded(task, ""),
+            Err(error) => self.monitor.failed(task, "", error),
+        }
         let object = object.map_err(|error| Refusal::Unavailable(format!("read {id}: {error:#}")))?;
         let object = object.ok_or_else(|| invalid(format!("spec.name: {id} does not exist")))?;
         let snapshot = self.registry.snapshot();
