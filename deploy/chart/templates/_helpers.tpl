@@ -32,6 +32,11 @@ app.kubernetes.io/component: {{ . }}
 {{ .root.Values.image.registry }}/hanse-{{ .component }}@{{ (get .root.Values .component).image.digest }}
 {{- end -}}
 
+{{/* The labels of the nodes of a component. */}}
+{{- define "hanse.nodeSelector" -}}
+{{ merge (dict) .nodeSelector (dict "kubernetes.io/os" "linux") | toYaml }}
+{{- end -}}
+
 {{/* The fields of a pod that all components share. Service links would add variables that the programs read as settings. */}}
 {{- define "hanse.pod" -}}
 {{- $values := get .root.Values .component -}}
@@ -46,10 +51,7 @@ imagePullSecrets:
 priorityClassName: {{ . }}
 {{- end }}
 nodeSelector:
-  kubernetes.io/os: linux
-{{- with $values.nodeSelector }}
-{{ toYaml . | indent 2 }}
-{{- end }}
+{{ include "hanse.nodeSelector" $values | indent 2 }}
 {{- if or $values.tolerations (ne .component "agent") }}
 tolerations:
 {{- if ne .component "agent" }}

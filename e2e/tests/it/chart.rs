@@ -433,6 +433,29 @@ fn pods_have_the_least_privileges() {
     }
 }
 
+/// The member taints the nodes that the DaemonSet of agents selects, and no others.
+#[test]
+fn only_nodes_of_agents_are_tainted() {
+    let selected = set(complete(), "agent.nodeSelector", json!({"pool": "gpu", "example.com/a": "1"}));
+    let os = set(complete(), "agent.nodeSelector", json!({"kubernetes.io/os": "other"}));
+    let mut sets: Vec<(&str, Value)> = value_sets().into_iter().collect();
+    sets.extend([("selected", selected), ("os", os)]);
+    for (name, values) in sets {
+        let objects = rendered(&values);
+        let pods: BTreeMap<_, _> = pods(&objects).into_iter().collect();
+        let Some(member) = pods.get("member") else { continue };
+        let arguments: Vec<&str> = list(&member["containers"][0], "args").filter_map(Value::as_str).collect();
+        let taints = arguments.contains(&"--taint-new-nodes");
+        assert_eq!(arguments.contains(&"--remove-node-taints"), name == "cleanup", "{name}");
+        assert_ne!(taints, name == "cleanup", "{name}");
+        let labels = arguments.iter().filter_map(|it| it.strip_prefix("--agent-node-label=")?.split_once('='));
+        let labels: BTreeMap<_, _> = labels.map(|(key, value)| (key.to_owned(), json!(value))).collect();
+        let selector = pods["agent"]["nodeSelector"].as_object().expect("labels");
+        let expected = selector.iter().filter(|_| taints).map(|(key, value)| (key.clone(), value.clone())).collect();
+        assert_eq!(labels, expected, "{name}");
+    }
+}
+
 /// Metrics beyond loopback need TLS and reviewed tokens.
 fn check_metrics(at: &str, component: &str, pod: &Value) {
     let container = &pod["containers"][0];

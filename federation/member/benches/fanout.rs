@@ -136,7 +136,7 @@ async fn run(shape: Shape) -> anyhow::Result<()> {
         node_lifetime: Duration::from_secs(86_400),
         unknown_pods: UnknownPods::Deny,
         enforcement: Enforcement::Enforce,
-        taint_new_nodes: false,
+        node_taints: hanse_member::node_taints::NodeTaints::Leave,
         health_listen: None,
         metrics: MetricsOptions::default(),
     };

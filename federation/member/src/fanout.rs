@@ -33,7 +33,7 @@ pub use enrol::{
     revoke_node_token,
 };
 pub use nodes::NodeRecord;
-pub use state::{Fanout, FanoutError};
+pub use state::{Fanout, FanoutError, Readiness};
 pub use status::{NodeStatus, RulesPosition};
 
 use crate::flows::Inbox;

@@ -13,7 +13,7 @@ pub mod hubs;
 pub mod leadership;
 pub mod live;
 pub mod metrics;
-mod node_taints;
+pub mod node_taints;
 mod outside_ranges;
 pub mod own_streams;
 pub mod process;

@@ -21,6 +21,7 @@ use hanse_member::fanout::{
     NodeRecord, NodeToken, allow_node, create_node_token, list_node_tokens, list_nodes, revoke_node, revoke_node_token,
 };
 use hanse_member::flows::{self, Party, Record};
+use hanse_member::node_taints::NodeTaints;
 use hanse_member::process::{self, Options};
 use hanse_member::registration::MemberIdentity;
 use hanse_member::source::{self, Location};
@@ -300,6 +301,13 @@ struct RunArgs {
     /// `patch` `nodes`).
     #[arg(long, help_heading = "Nodes")]
     taint_new_nodes: bool,
+    /// Label of the nodes on which agents run; repeat it where they need several. With --taint-new-nodes: other nodes get no taint, and a
+    /// node whose labels no longer match is freed of it.
+    #[arg(long, value_name = "KEY=VALUE", default_value = "kubernetes.io/os=linux", help_heading = "Nodes", value_parser = label)]
+    agent_node_label: Vec<(String, String)>,
+    /// Remove the taint of --taint-new-nodes from all nodes: for a cluster whose agents are removed.
+    #[arg(long, help_heading = "Nodes", conflicts_with = "taint_new_nodes")]
+    remove_node_taints: bool,
     /// Serve health and readiness over HTTP at this address.
     #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     health_listen: Option<SocketAddr>,
@@ -394,7 +402,11 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
                     EnforcementMode::Enforce => Enforcement::Enforce,
                     EnforcementMode::Observe => Enforcement::Observe,
                 },
-                taint_new_nodes: args.taint_new_nodes,
+                node_taints: match (args.taint_new_nodes, args.remove_node_taints) {
+                    (true, _) => NodeTaints::Until(args.agent_node_label.into_iter().collect()),
+                    (false, true) => NodeTaints::Remove,
+                    (false, false) => NodeTaints::Leave,
+                },
                 health_listen: args.health_listen,
                 metrics: args.metrics,
             };
@@ -423,6 +435,13 @@ fn namespaced(text: &str) -> Result<(String, String), String> {
         true => Err(format!("\"{text}\" is not NAMESPACE/NAME")),
         false => Ok((namespace.to_owned(), name.to_owned())),
     }
+}
+
+/// A label of nodes.
+fn label(text: &str) -> Result<(String, String), String> {
+    let parts = text.split_once('=').filter(|(key, value)| !key.is_empty() && !value.contains(['=', ',']));
+    let (key, value) = parts.ok_or_else(|| format!("\"{text}\" is not KEY=VALUE"))?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 /// The location that `--source` names.

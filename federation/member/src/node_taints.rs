@@ -2,14 +2,15 @@
 //!
 //! Nodes that exist when the member starts for the first time are never tainted: their pods would not return after a restart. A node that is
 //! created later gets the taint at once, unless it registers with it (`--register-with-taints` of a kubelet). It is removed when its agent
-//! acknowledges rules.
+//! acknowledges rules, or when the labels of the node say that no agent runs there.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use hanse_kubernetes::{Access, answered};
+use hanse_policy::inventory::Labels;
 use hanse_runtime::retry::Backoff;
 use k8s_openapi::api::core::v1::{Node, Taint};
 use k8s_openapi::jiff::Timestamp;
@@ -18,7 +19,7 @@ use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::fanout::Fanout;
+use crate::fanout::{Fanout, Readiness};
 use crate::state::State;
 
 /// The key of the taint.
@@ -30,9 +31,37 @@ const NEWEST_AT_START: &str = "newest-node-at-start";
 const EVERY: Duration = Duration::from_secs(2);
 const PAGE: u32 = 500;
 
+/// What happens to the taint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NodeTaints {
+    Leave,
+    /// Nodes that come later have it until their agents have rules. Agents run on the nodes with all of these labels.
+    Until(BTreeMap<String, String>),
+    /// No node keeps it.
+    Remove,
+}
+
+impl NodeTaints {
+    /// Whether taints are looked at.
+    pub fn are_kept(&self) -> bool {
+        *self != Self::Leave
+    }
+
+    /// Whether an agent is to run on a node with these labels.
+    pub fn have_agent(&self, labels: &Labels) -> bool {
+        match self {
+            Self::Leave => true,
+            Self::Until(of_agents) => {
+                of_agents.iter().all(|(key, value)| labels.get(key.as_str()).is_some_and(|it| **it == **value))
+            }
+            Self::Remove => false,
+        }
+    }
+}
+
 /// Sets and removes the taint, until `stop`.
-pub async fn keep_taints(access: Access, fanout: Fanout, state: State, stop: CancellationToken) {
-    let mut taints = Taints { access, fanout, state, is_examined: BTreeSet::new(), is_done: BTreeSet::new() };
+pub async fn keep_taints(taints: NodeTaints, access: Access, fanout: Fanout, state: State, stop: CancellationToken) {
+    let mut taints = Taints { taints, access, fanout, state, examined: BTreeMap::new() };
     let mut backoff = Backoff::default();
     let mut nodes = taints.fanout.source_changes();
     loop {
@@ -57,13 +86,12 @@ pub async fn keep_taints(access: Access, fanout: Fanout, state: State, stop: Can
 }
 
 struct Taints {
+    taints: NodeTaints,
     access: Access,
     fanout: Fanout,
     state: State,
-    /// Nodes that were looked at while their agents had no rules.
-    is_examined: BTreeSet<Arc<str>>,
-    /// Nodes whose agents have rules, and which have no taint.
-    is_done: BTreeSet<Arc<str>>,
+    /// What was known of a node when its taint was looked at last. One that was ready is not looked at again.
+    examined: BTreeMap<Arc<str>, Readiness>,
 }
 
 /// What is to be done with the taint of a node.
@@ -76,26 +104,23 @@ enum Change {
 impl Taints {
     async fn keep(&mut self) -> anyhow::Result<()> {
         let client = self.access.client().await?;
-        let newest = newest_at_start(&client, &self.state).await?;
+        let newest = match self.taints {
+            NodeTaints::Until(_) => newest_at_start(&client, &self.state).await?,
+            NodeTaints::Leave | NodeTaints::Remove => None,
+        };
         let nodes = self.fanout.readiness();
-        self.is_examined.retain(|node| nodes.contains_key(node));
-        self.is_done.retain(|node| nodes.contains_key(node));
+        self.examined.retain(|node, _| nodes.contains_key(node));
         let mut outcome = Ok(());
-        for (node, is_ready) in nodes {
-            let known = if is_ready { &self.is_done } else { &self.is_examined };
-            if known.contains(&node) || self.is_done.contains(&node) {
+        for (node, readiness) in nodes {
+            if self.examined.get(&node).is_some_and(|last| *last == readiness || *last == Readiness::Ready) {
                 continue;
             }
             let has_enrolled = self.fanout.has_enrolled(&node);
-            match examine(&client, &node, is_ready, has_enrolled, newest).await {
-                Ok(()) if is_ready => self.is_done.insert(node),
-                Ok(()) => self.is_examined.insert(node),
+            match examine(&client, &node, readiness, has_enrolled, newest).await {
+                Ok(()) => drop(self.examined.insert(node, readiness)),
                 // Others do not wait for it.
-                Err(error) => {
-                    outcome = Err(error.context(format!("node {node}")));
-                    continue;
-                }
-            };
+                Err(error) => outcome = Err(error.context(format!("node {node}"))),
+            }
         }
         outcome
     }
@@ -105,7 +130,7 @@ impl Taints {
 async fn examine(
     client: &Client,
     name: &str,
-    is_ready: bool,
+    readiness: Readiness,
     has_enrolled: bool,
     newest_at_start: Option<Timestamp>,
 ) -> anyhow::Result<()> {
@@ -116,7 +141,7 @@ async fn examine(
     let created = node.creation_timestamp().map(|it| it.0);
     let taints = node.spec.unwrap_or_default().taints.unwrap_or_default();
     let is_later = created > newest_at_start;
-    let Some(change) = change(&taints, is_ready, is_later && !has_enrolled) else { return Ok(()) };
+    let Some(change) = change(&taints, readiness, is_later && !has_enrolled) else { return Ok(()) };
     let taints = changed(taints, change);
     // The list of taints is replaced as a whole: only if nobody has changed it since.
     let patch = json!({"metadata": {"resourceVersion": node.metadata.resource_version}, "spec": {"taints": taints}});
@@ -125,16 +150,19 @@ async fn examine(
         Change::Add => {
             tracing::info!(node = name, taint = AGENT_NOT_READY, "new node tainted until its agent has rules")
         }
+        Change::Remove if readiness == Readiness::NoAgent => {
+            tracing::info!(node = name, taint = AGENT_NOT_READY, "taint removed: no agent runs on the node")
+        }
         Change::Remove => tracing::info!(node = name, taint = AGENT_NOT_READY, "taint removed: the agent has rules"),
     }
     Ok(())
 }
 
-fn change(taints: &[Taint], is_ready: bool, is_new: bool) -> Option<Change> {
+fn change(taints: &[Taint], readiness: Readiness, is_new: bool) -> Option<Change> {
     let has_taint = taints.iter().any(|taint| taint.key == AGENT_NOT_READY);
-    match (has_taint, is_ready) {
-        (true, true) => Some(Change::Remove),
-        (false, false) if is_new => Some(Change::Add),
+    match (has_taint, readiness) {
+        (true, Readiness::Ready | Readiness::NoAgent) => Some(Change::Remove),
+        (false, Readiness::Waiting) if is_new => Some(Change::Add),
         _ => None,
     }
 }
@@ -184,18 +212,39 @@ mod tests {
     fn only_new_nodes_without_rules_are_tainted() {
         let other = Taint { key: "gpu".to_owned(), effect: NO_SCHEDULE.to_owned(), ..Taint::default() };
         let tainted = changed(vec![other.clone()], Change::Add);
-        for (taints, is_ready, is_new, expected) in [
-            (&[][..], false, true, Some(Change::Add)),
-            (&[other.clone()][..], false, true, Some(Change::Add)),
-            (&[other.clone()][..], false, false, None),
-            (&[][..], true, true, None),
-            (&tainted[..], false, true, None),
-            (&tainted[..], true, true, Some(Change::Remove)),
+        for (taints, readiness, is_new, expected) in [
+            (&[][..], Readiness::Waiting, true, Some(Change::Add)),
+            (&[other.clone()][..], Readiness::Waiting, true, Some(Change::Add)),
+            (&[other.clone()][..], Readiness::Waiting, false, None),
+            (&[][..], Readiness::Ready, true, None),
+            (&[][..], Readiness::NoAgent, true, None),
+            (&tainted[..], Readiness::Waiting, true, None),
+            (&tainted[..], Readiness::Ready, true, Some(Change::Remove)),
             // It registered with the taint.
-            (&tainted[..], true, false, Some(Change::Remove)),
+            (&tainted[..], Readiness::Ready, false, Some(Change::Remove)),
+            (&tainted[..], Readiness::NoAgent, false, Some(Change::Remove)),
         ] {
-            assert_eq!(change(taints, is_ready, is_new), expected, "{taints:?} {is_ready} {is_new}");
+            assert_eq!(change(taints, readiness, is_new), expected, "{taints:?} {readiness:?} {is_new}");
         }
         assert_eq!(changed(tainted, Change::Remove), [other], "the taints of others stay");
+    }
+
+    #[test]
+    fn agents_run_on_nodes_with_all_labels() {
+        let labels = |pairs: &[(&str, &str)]| -> Labels {
+            pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect()
+        };
+        let of_agents = [("kubernetes.io/os", "linux"), ("pool", "gpu")];
+        let until = NodeTaints::Until(of_agents.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect());
+        for (of_node, expected) in [
+            (&of_agents[..], true),
+            (&of_agents[..1], false),
+            (&[("kubernetes.io/os", "windows"), ("pool", "gpu")], false),
+            (&[], false),
+        ] {
+            assert_eq!(until.have_agent(&labels(of_node)), expected, "{of_node:?}");
+        }
+        assert!(NodeTaints::Until(BTreeMap::new()).have_agent(&labels(&[])), "without a selector, on every node");
+        assert!(!NodeTaints::Remove.have_agent(&labels(&of_agents)));
     }
 }

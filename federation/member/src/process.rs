@@ -34,7 +34,7 @@ use crate::hubs::Hubs;
 use crate::leadership::Leadership;
 use crate::live::Live;
 use crate::metrics::{FlowMetrics, Metrics};
-use crate::node_taints::keep_taints;
+use crate::node_taints::{NodeTaints, keep_taints};
 use crate::own_streams::Ends;
 use crate::questions::{Answering, StateRequest};
 use crate::registration::MemberIdentity;
@@ -76,8 +76,7 @@ pub struct Options {
     pub unknown_pods: UnknownPods,
     /// Of nodes whose label does not say otherwise.
     pub enforcement: Enforcement,
-    /// Nodes that come later have a taint until their agents have rules.
-    pub taint_new_nodes: bool,
+    pub node_taints: NodeTaints,
     pub health_listen: Option<SocketAddr>,
     pub metrics: MetricsOptions,
 }
@@ -125,11 +124,11 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
             keep_endpoints(access, service, (agents, enrolment), leadership, stop)
         });
     }
-    if let (true, Location::Kubernetes(access)) = (options.taint_new_nodes, &options.source) {
-        let keeping = (access.clone(), fanout.clone(), state.clone(), stop.clone());
+    if let (true, Location::Kubernetes(access)) = (options.node_taints.are_kept(), &options.source) {
+        let keeping = (options.node_taints.clone(), access.clone(), fanout.clone(), state.clone(), stop.clone());
         shutdown.supervise("taints of nodes", move || {
-            let (access, fanout, state, stop) = keeping.clone();
-            keep_taints(access, fanout, state, stop)
+            let (taints, access, fanout, state, stop) = keeping.clone();
+            keep_taints(taints, access, fanout, state, stop)
         });
     }
     let client = Client::restore(&options.data, monitoring.writes.clone(), hubs.clone()).with_leadership(leadership);
@@ -148,6 +147,7 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
     let mut member = Member {
         world,
         fanout,
+        node_taints: options.node_taints.clone(),
         client: client.clone(),
         hub_received: monitoring.hub_received.clone(),
         metrics: Metrics::new(&monitoring.registry),
@@ -411,6 +411,7 @@ pub fn lock_data(data: &Path) -> anyhow::Result<File> {
 struct Member {
     world: World,
     fanout: Fanout,
+    node_taints: NodeTaints,
     client: Client,
     /// Objects were received from the hub, by this process or an earlier one.
     hub_received: Condition,
@@ -495,7 +496,12 @@ impl Member {
             Enforcement::Enforce => node.pod_ranges.clone(),
             Enforcement::Observe => Vec::new(),
         };
-        self.fanout.set_source_nodes(local.nodes.iter().map(|(name, node)| (name.clone(), closed(node))));
+        // All nodes are compared: only if one has changed.
+        if !changed.nodes.is_empty() || !self.fanout.has_source_nodes() {
+            let ranges = local.nodes.iter().map(|(name, node)| (name.clone(), closed(node)));
+            let without_agent = local.nodes.iter().filter(|(_, node)| !self.node_taints.have_agent(&node.labels));
+            self.fanout.set_source_nodes(ranges, without_agent.map(|(name, _)| name.clone()).collect());
+        }
         self.client.publish(&local.cluster, &changed);
         if !changed.policies.is_empty() {
             self.client.want(wanted(&local.layer));

@@ -155,6 +155,7 @@ fn installed_release_enforces_with_the_rights_of_the_chart() {
                 enforces(&east, &hub).await;
                 serves_metrics(&east, &hub, &authority).await;
                 taints_new_nodes(&mut east, &fabric, &late).await;
+                frees_nodes_without_agents(&east).await;
                 fails_over(&mut east, &hub).await;
                 needs_its_rights(&east, &fabric).await;
             });
@@ -282,6 +283,33 @@ async fn taints_new_nodes(east: &mut East, fabric: &Fabric, late: &Node) {
     east.ready_component("agent", AGENTS).await;
 }
 
+/// A node that the DaemonSet does not select keeps no taint, also when its labels change while it waits for an agent.
+async fn frees_nodes_without_agents(east: &East) {
+    let create = |name: &str, os: &str, taints: Value| {
+        let metadata = json!({"name": name, "labels": {"kubernetes.io/os": os}});
+        let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"taints": taints}});
+        east.kubectl(&["create", "-f", "-"], &node.to_string());
+    };
+    let has_taint = |name: &str| {
+        let node = east.kubectl(&["get", &format!("node/{name}"), "-o", "jsonpath={.spec.taints[*].key}"], "");
+        node.split(' ').any(|key| key == "hanse.dev/agent-not-ready")
+    };
+    // As kubelets register with --register-with-taints.
+    let taint = json!([{"key": "hanse.dev/agent-not-ready", "effect": "NoSchedule"}]);
+    create("windows", "windows", taint);
+    create("relabelled", "linux", json!([]));
+    let settled = until(PATIENCE, async || has_taint("relabelled") && !has_taint("windows"));
+    assert!(settled.await.is_some(), "{}", east.logs());
+    east.kubectl(&["label", "--overwrite", "node/relabelled", "kubernetes.io/os=windows"], "");
+    let freed = until(PATIENCE, async || !has_taint("relabelled"));
+    assert!(freed.await.is_some(), "{}", east.logs());
+    // No kubelet ends its pod.
+    let pods = ["--namespace", NAMESPACE, "delete", "pods", "--field-selector=spec.nodeName=relabelled"];
+    east.kubectl(&[&pods[..], &["--force", "--grace-period=0"]].concat(), "");
+    east.kubectl(&["delete", "node/windows", "node/relabelled"], "");
+    east.ready_component("agent", AGENTS).await;
+}
+
 /// Group, resource, verb, and the name where the rule is for one.
 pub(crate) type Right = (String, String, String, Option<String>);
 
@@ -404,7 +432,7 @@ async fn needs_its_rights(east: &East, fabric: &Fabric) {
     });
     assert!(stopped.await.is_some(), "the members have stopped");
     // Without an agent.
-    let unready = "apiVersion: v1\nkind: Node\nmetadata: {name: unready}\n";
+    let unready = "apiVersion: v1\nkind: Node\nmetadata: {name: unready, labels: {kubernetes.io/os: linux}}\n";
     east.kubectl(&["create", "-f", "-"], unready);
     let taint = (String::new(), "nodes".to_owned(), "patch".to_owned(), None);
     assert!(cluster.contains(&taint));

@@ -42,7 +42,7 @@ impl World {
             node_lifetime: SOON,
             unknown_pods: UnknownPods::Deny,
             enforcement: Enforcement::Enforce,
-            taint_new_nodes: false,
+            node_taints: hanse_member::node_taints::NodeTaints::Leave,
             health_listen: None,
             metrics: MetricsOptions::default(),
         };

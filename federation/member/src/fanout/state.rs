@@ -1,6 +1,6 @@
 //! The state of the fan-out: the rule set and the stream of each node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -74,8 +74,21 @@ pub(super) type PodRanges = Arc<BTreeMap<Arc<str>, Vec<IpNet>>>;
 #[derive(Debug, PartialEq, Eq)]
 pub struct SourceNodes {
     nodes: PodRanges,
+    /// Those on which no agent is to run.
+    without_agent: BTreeSet<Arc<str>>,
     /// False if they are from an earlier process.
     read: bool,
+}
+
+/// Whether a node has rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// Its agent has acknowledged rules.
+    Ready,
+    /// Its agent has not.
+    Waiting,
+    /// No agent is to run there.
+    NoAgent,
 }
 
 /// The rule set that a node must enforce.
@@ -137,7 +150,8 @@ impl Fanout {
         state.write_in(&turn, TERM, format!("{term}\n").as_bytes()).map_err(FanoutError::Term)?;
         let keys = Arc::new(Nodes::new(&state));
         keys.reload().map_err(FanoutError::Nodes)?;
-        let source = SourceNodes { nodes: Arc::new(keys.read_source_nodes().unwrap_or_default()), read: false };
+        let nodes = Arc::new(keys.read_source_nodes().unwrap_or_default());
+        let source = SourceNodes { nodes, without_agent: BTreeSet::new(), read: false };
         let source = watch::Sender::new(source);
         let shared = Shared {
             term,
@@ -177,9 +191,14 @@ impl Fanout {
         self
     }
 
-    /// Sets the nodes of the source with their pod ranges, which a node receives when it enrols.
-    pub fn set_source_nodes(&self, nodes: impl Iterator<Item = (Arc<str>, Vec<IpNet>)>) {
-        let source = SourceNodes { nodes: Arc::new(nodes.collect()), read: true };
+    /// Sets the nodes of the source with their pod ranges, which a node receives when it enrols. On those in `without_agent`, no agent is
+    /// to run.
+    pub fn set_source_nodes(
+        &self,
+        nodes: impl Iterator<Item = (Arc<str>, Vec<IpNet>)>,
+        without_agent: BTreeSet<Arc<str>>,
+    ) {
+        let source = SourceNodes { nodes: Arc::new(nodes.collect()), without_agent, read: true };
         if *self.shared.source.borrow() != source {
             let written = self.shared.keys.write_source_nodes(&source.nodes);
             if let Some(writes) = &self.shared.writes {
@@ -241,16 +260,27 @@ impl Fanout {
         self.nodes().iter().map(|(name, node)| (Arc::clone(name), status(name, node))).collect()
     }
 
-    /// The nodes of the source, and whether the agent of each has acknowledged rules. Empty until the source has been read.
-    pub fn readiness(&self) -> BTreeMap<Arc<str>, bool> {
+    /// Whether the source has been read.
+    pub fn has_source_nodes(&self) -> bool {
+        self.shared.source.borrow().read
+    }
+
+    /// The nodes of the source, and whether each has rules. Empty until the source has been read.
+    pub fn readiness(&self) -> BTreeMap<Arc<str>, Readiness> {
         let source = self.shared.source.borrow();
         let nodes = self.nodes();
-        let is_ready = |name: &Arc<str>| {
+        let readiness = |name: &Arc<str>| {
             let status = nodes.get(name).map(|node| &node.status);
-            status.is_some_and(|status| status.connected && status.position.generation != Generation::default())
+            let has_rules =
+                status.is_some_and(|status| status.connected && status.position.generation != Generation::default());
+            match has_rules {
+                true => Readiness::Ready,
+                false if source.without_agent.contains(name) => Readiness::NoAgent,
+                false => Readiness::Waiting,
+            }
         };
         let names = source.nodes.keys().filter(|_| source.read);
-        names.map(|name| (Arc::clone(name), is_ready(name))).collect()
+        names.map(|name| (Arc::clone(name), readiness(name))).collect()
     }
 
     /// Changes whenever nodes of the source are added, removed or changed.
