@@ -22,6 +22,37 @@ pub struct Helm {
     place: Place,
     /// The chart, and the values of one run.
     folder: TempDir,
+    version: Version,
+}
+
+/// Major and minor version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Version(u32, u32);
+
+impl Version {
+    const OLDEST: Self = Self(3, 14);
+
+    /// Reads what `helm version` prints, such as `v3.14.0`.
+    ///
+    /// # Errors
+    /// When it is too old.
+    fn check(text: &str) -> anyhow::Result<Self> {
+        let mut numbers = text.trim_start_matches('v').split('.').map(|it| it.parse::<u32>().unwrap_or(0));
+        let version = Self(numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        if version < Self::OLDEST {
+            bail!("Helm {text} is too old: 3.14 or newer is needed");
+        }
+        Ok(version)
+    }
+
+    /// The options of `helm upgrade` by which fields of the chart get its values also where another program has set them, such as the
+    /// replicas after `kubectl scale`. Helm 3 overwrites them without an option; Helm 4 applies at the server, and refuses to, otherwise.
+    fn overwriting(self) -> &'static [&'static str] {
+        match self.0 {
+            ..4 => &[],
+            4.. => &["--server-side=true", "--force-conflicts"],
+        }
+    }
 }
 
 impl Helm {
@@ -36,12 +67,8 @@ impl Helm {
             };
             write().with_context(|| format!("write {}", path.display()))?;
         }
-        let this = Self { target: target.clone(), place: place.clone(), folder };
-        let version = this.run(&["version", "--template", "{{.Version}}"]).await?;
-        let mut numbers = version.trim_start_matches('v').split('.').map(|it| it.parse::<u32>().unwrap_or(0));
-        if (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) < (3, 14) {
-            bail!("Helm {version} is too old: 3.14 or newer is needed");
-        }
+        let mut this = Self { target: target.clone(), place: place.clone(), folder, version: Version::OLDEST };
+        this.version = Version::check(&this.run(&["version", "--template", "{{.Version}}"]).await?)?;
         Ok(this)
     }
 
@@ -79,12 +106,8 @@ impl Helm {
     pub async fn install(&self, values: &Value, settings: &Settings) -> anyhow::Result<String> {
         let file = self.folder.path().join("values.json");
         std::fs::write(&file, values.to_string()).with_context(|| format!("write {}", file.display()))?;
-        let mut arguments: Vec<OsString> =
-            vec!["upgrade".into(), self.place.release.clone().into(), self.chart().into()];
-        let timeout = format!("{}s", settings.timeout);
-        for flag in ["--install", "--reset-then-reuse-values", "--hide-notes"] {
-            arguments.push(flag.into());
-        }
+        let (mut arguments, timeout) = (self.upgrade(), format!("{}s", settings.timeout));
+        arguments.push("--install".into());
         match settings.dry_run {
             true => arguments.push("--dry-run=server".into()),
             false => arguments.extend(["--wait".into(), "--timeout".into(), timeout.into()]),
@@ -98,11 +121,18 @@ impl Helm {
         self.run(&arguments).await
     }
 
-    /// Upgrades the release with more values, without waiting. All others stay.
-    pub async fn set(&self, values: &[&str]) -> anyhow::Result<()> {
+    /// The beginning of an upgrade, in which values that are not given stay.
+    fn upgrade(&self) -> Vec<OsString> {
         let mut arguments: Vec<OsString> =
             vec!["upgrade".into(), self.place.release.clone().into(), self.chart().into()];
-        arguments.extend(["--reset-then-reuse-values".into(), "--hide-notes".into()]);
+        let flags = ["--reset-then-reuse-values", "--hide-notes"].iter().chain(self.version.overwriting());
+        arguments.extend(flags.map(Into::into));
+        arguments
+    }
+
+    /// Upgrades the release with more values, without waiting. All others stay.
+    pub async fn set(&self, values: &[&str]) -> anyhow::Result<()> {
+        let mut arguments = self.upgrade();
         for value in values {
             arguments.extend(["--set".into(), value.into()]);
         }
@@ -178,6 +208,22 @@ mod tests {
                 let name = path.strip_prefix(below).expect("it is below").display().to_string();
                 found.insert(name, std::fs::read(&path).expect("it is read"));
             }
+        }
+    }
+
+    #[test]
+    fn helm_4_overwrites_fields_of_others_like_helm_3() {
+        for (text, expected) in [
+            ("v3.14.0", &[][..]),
+            ("v3.21.4", &[]),
+            ("v4.0.0-rc.1", &["--server-side=true", "--force-conflicts"]),
+            ("v4.3.2", &["--server-side=true", "--force-conflicts"]),
+        ] {
+            assert_eq!(Version::check(text).expect("it is new enough").overwriting(), expected, "{text}");
+        }
+        for text in ["v3.13.9", "v2.17.0", ""] {
+            let error = Version::check(text).expect_err(text).to_string();
+            assert!(error.contains("3.14 or newer is needed"), "{error}");
         }
     }
 
