@@ -150,6 +150,21 @@ async fn a_user_authenticates_again_when_its_token_ends_or_rights_change() {
     let error = open(&with(&url, |it| it.user = None)).await.unwrap_err();
     assert!(matches!(error, StoreError::Denied(_)), "{error}");
 
+    // The right to read and to write is the least one: neither is enough alone.
+    let mut grant = async |kind: PermissionType| {
+        let keys = Permission::new(kind, format!("{}:", parts.prefix)).with_prefix();
+        root.role_grant_permission("hanse", keys).await.unwrap();
+    };
+    grant(PermissionType::Read).await;
+    let error = store.commit(Transaction::default().put(key(&["x"]), "")).await.unwrap_err();
+    assert!(matches!(error, StoreError::Denied(_)), "{error}");
+    assert!(open(&url).await.is_ok(), "it may read");
+    grant(PermissionType::Write).await;
+    let error = open(&url).await.unwrap_err();
+    assert!(matches!(error, StoreError::Denied(_)), "{error}");
+    grant(PermissionType::Readwrite).await;
+    put(&*store, "e", "5").await;
+
     // Without the right to read, a watch ends with an error.
     root.user_revoke_role("hanse", "hanse").await.unwrap();
     let error = store.watch(prefix(&[]), first).await.unwrap_err();
