@@ -7,14 +7,27 @@
 helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+chart.hanse.dev/release: {{ .root.Release.Name }}
 {{ include "hanse.selector" . }}
 {{- end -}}
 
+{{/* Selects pods. Argo CD may overwrite the label instance of the objects that it applies, and not that of templates of pods: what selects
+objects selects chart.hanse.dev/release. */}}
 {{- define "hanse.selector" -}}
 app.kubernetes.io/name: hanse
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{- define "hanse.serviceType" -}}
+type: {{ .type }}
+{{- with .loadBalancerClass }}
+loadBalancerClass: {{ . }}
+{{- end }}
+{{- with .loadBalancerSourceRanges }}
+loadBalancerSourceRanges: {{ toJson . }}
 {{- end }}
 {{- end -}}
 

@@ -111,7 +111,13 @@ pub(crate) fn value_sets() -> BTreeMap<&'static str, Value> {
     for (path, value) in [
         ("openshift.enabled", json!(true)),
         ("image.pullSecrets", json!(["registry"])),
-        ("hub.service", json!({"type": "LoadBalancer", "annotations": {"example.com/a": "b"}})),
+        (
+            "hub.service",
+            json!({
+                "type": "LoadBalancer", "annotations": {"example.com/a": "b"}, "loadBalancerClass": "example.com/internal",
+                "loadBalancerSourceRanges": ["192.0.2.0/24", "2001:db8::/32"],
+            }),
+        ),
         ("hub.persistence", json!({"storageClassName": "", "whenDeleted": "Delete"})),
         ("hub.nodeSelector", json!({"a": "b"})),
         ("hub.affinity", json!({"podAntiAffinity": {}})),
@@ -156,11 +162,18 @@ pub(crate) fn value_sets() -> BTreeMap<&'static str, Value> {
     let etcd = set(set(hub.clone(), "hub.replicas", json!(3)), "hub.keySecret", json!({"name": "hanse-unlock"}));
     let url = "etcds://etcd-0.etcd:2379,etcd-1.etcd:2379/hanse?ca=/etc/hanse/etcd/ca.crt";
     let etcd = set(etcd, "hub.etcd", json!({"url": url, "secretName": "hanse-etcd"}));
+    let names = json!({"example.com/a": "b", "external-dns.alpha.kubernetes.io/hostname": "hub.example"});
+    let of_replica = json!({"external-dns.alpha.kubernetes.io/hostname": "$(POD_NAME).hub.example"});
+    let service = json!({"type": "LoadBalancer", "annotations": names, "replicaAnnotations": of_replica});
+    let etcd = set(etcd, "hub.service", service);
     let mut on_host = set(complete(), "openshift.enabled", json!(true));
     for (path, value) in [
         ("hub.hostNetwork", json!(true)),
         ("hub.operator", json!({"enabled": true})),
-        ("hub.webhook", json!({"enabled": true, "clientCA": {"secretName": "api-server-ca"}})),
+        (
+            "hub.webhook",
+            json!({"enabled": true, "clientCA": {"secretName": "api-server-ca", "names": ["kube-apiserver"]}}),
+        ),
     ] {
         on_host = set(on_host, path, value);
     }
@@ -309,6 +322,17 @@ fn wrong_values_are_refused_by_name() {
             }),
             "hub.webhook.clientCA.secretName is empty, and hub.hostNetwork is true",
         ),
+        (
+            "hub",
+            json!({
+                "enabled": true, "image": {"digest": DIGEST}, "operator": {"enabled": true}, "hostNetwork": true,
+                "webhook": {"enabled": true, "clientCA": {"secretName": "api-server-ca"}},
+            }),
+            "hub.webhook.clientCA.names is empty, and hub.hostNetwork is true",
+        ),
+        ("hub.service.loadBalancerClass", json!("internal"), "hub.service.type LoadBalancer, not ClusterIP"),
+        ("hub.service.loadBalancerSourceRanges", json!(["192.0.2.0/24"]), "hub.service.type LoadBalancer"),
+        ("hub.service.loadBalancerSourceRanges", json!(["192.0.2.1"]), "/hub/service/loadBalancerSourceRanges/0"),
         ("openshift.enabled", json!("yes"), "/openshift/enabled"),
     ] {
         let refused = output(&mut template(&set(complete(), path, value.clone())), "");
@@ -349,6 +373,51 @@ fn schema_describes_every_value() {
     let templates: String =
         files.map(|it| std::fs::read_to_string(it.expect("a file").path()).expect("it is read")).collect();
     walk("", &schema, &values, &templates);
+}
+
+/// Members need the node in the tokens of agents.
+#[test]
+fn older_versions_of_kubernetes_are_refused_for_every_component() {
+    for name in ["hub only", "remote hub"] {
+        let refused = output(template(&value_sets()[name]).args(["--kube-version", "v1.30.9"]), "");
+        let message = text(&refused.stderr);
+        assert!(!refused.status.success() && message.contains("kubeVersion: >=1.31.0-0"), "{name}: {message}");
+    }
+}
+
+/// Argo CD may overwrite the label `app.kubernetes.io/instance` of the objects that it applies, and no label of pods. What selects objects
+/// uses a label that it leaves alone.
+#[test]
+fn only_pods_are_selected_by_a_label_that_argo_cd_overwrites() {
+    let (instance, release) = ("app.kubernetes.io/instance", "chart.hanse.dev/release");
+    for (name, values) in value_sets() {
+        let objects = rendered(&values);
+        for object in objects.iter().filter(|it| it["kind"] != "CustomResourceDefinition") {
+            let (kind, metadata) = (object["kind"].as_str().expect("a kind"), &object["metadata"]);
+            assert_eq!(metadata["labels"][release], "hanse", "{name}: {kind} {}", metadata["name"]);
+            let spec = object["spec"].to_string();
+            let selects_pods =
+                ["DaemonSet", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service", "StatefulSet"];
+            assert!(selects_pods.contains(&kind) || !spec.contains(instance), "{name}: {kind}: {spec}");
+        }
+        let templates = objects.iter().map(|it| &it["spec"]["template"]["metadata"]).filter(|it| it.is_object());
+        for metadata in templates.clone() {
+            assert_eq!(metadata["labels"][instance], "hanse", "{name}");
+        }
+        // What the cluster exports has none of the labels that are the hub's.
+        let accounts = objects.iter().filter(|it| it["kind"] == "ServiceAccount").map(|it| &it["metadata"]);
+        for metadata in accounts.chain(templates) {
+            let mut labels = metadata["labels"].as_object().expect("labels").keys();
+            assert!(labels.all(|it| !it.starts_with("hanse.dev/")), "{name}: {metadata}");
+        }
+        let services: Vec<&Value> = objects.iter().filter(|it| it["kind"] == "Service").collect();
+        for monitor in objects.iter().filter(|it| it["kind"] == "ServiceMonitor") {
+            let labels = monitor["spec"]["selector"]["matchLabels"].as_object().expect("labels");
+            let is_selected = |it: &&&Value| labels.iter().all(|(key, value)| it["metadata"]["labels"][key] == *value);
+            let names: Vec<&Value> = services.iter().filter(is_selected).map(|it| &it["metadata"]["name"]).collect();
+            assert_eq!(names, [&json!("hanse-metrics")], "{name}");
+        }
+    }
 }
 
 /// Kinds that Argo CD does not apply by default: what needs one of their objects would wait for ever.
@@ -582,6 +651,10 @@ fn replicas_of_the_hub_announce_addresses_of_their_own() {
         assert_eq!(address, format!("{name}.{NAMESPACE}.svc:7443"));
         let service = objects.iter().find(|it| it["kind"] == "Service" && it["metadata"]["name"] == name).expect(&name);
         assert_eq!(service["spec"]["selector"]["statefulset.kubernetes.io/pod-name"], json!(name));
+        let annotations = json!({
+            "example.com/a": "b", "external-dns.alpha.kubernetes.io/hostname": format!("{name}.hub.example"),
+        });
+        assert_eq!(service["metadata"]["annotations"], annotations);
     }
     for volume in list(pod, "volumes") {
         // YAML 1.2 reads the octal number of YAML 1.1 as a text.
@@ -667,6 +740,35 @@ fn refuses_state_in_a_claim(server: &ApiServer, release: &Release<'_>, values: &
     kubectl(&["delete", "persistentvolumeclaim", "hanse-member", "--wait=false"], "");
 }
 
+/// Charts in which the Lease of the member was an object of the release are rolled back to when the Lease that the member created is gone.
+fn rolls_back_over_the_lease(server: &ApiServer, release: &Release<'_>) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let older = folder.path().join("chart");
+    success(Command::new("cp").arg("-a").arg(chart()).arg(&older), "");
+    let lease = "apiVersion: coordination.k8s.io/v1\nkind: Lease\nmetadata: {name: hanse-member, namespace: hanse}\n";
+    std::fs::write(older.join("templates/lease.yaml"), lease).expect("written");
+    let helm = |arguments: &[&str], input: &str| {
+        output(server.helm().expect("Helm").args(arguments).args(["--namespace", NAMESPACE]), input)
+    };
+    let kubectl = |arguments: &[&str], input: &str| success(server.kubectl().expect("kubectl").args(arguments), input);
+    let path = older.to_str().expect("UTF-8");
+    let upgraded = helm(&["upgrade", "hanse", path, "--values", "-", "--output", "json"], &complete().to_string());
+    let status: Value = serde_json::from_slice(&upgraded.stdout).expect("the release");
+    let revision = status["version"].to_string();
+    // Helm removes the Lease, and the member creates it.
+    release.helm(&["upgrade", "hanse"], Some(&complete()));
+    let leases = ["--namespace", NAMESPACE, "get", "leases", "-o", "name"];
+    assert!(!kubectl(&leases, "").contains("hanse-member"));
+    kubectl(&["create", "-f", "-"], lease);
+    let refused = helm(&["rollback", "hanse", &revision], "");
+    let message = text(&refused.stderr);
+    assert!(!refused.status.success() && message.contains("Lease") && message.contains("hanse-member"), "{message}");
+    kubectl(&["--namespace", NAMESPACE, "delete", "lease", "hanse-member"], "");
+    release.helm(&["rollback", "hanse", &revision], None);
+    assert!(kubectl(&leases, "").contains("hanse-member"), "it is that of the chart");
+    release.helm(&["upgrade", "hanse"], Some(&complete()));
+}
+
 #[test]
 fn releases_come_and_go_on_a_real_api_server() {
     run(async {
@@ -744,6 +846,8 @@ fn releases_come_and_go_on_a_real_api_server() {
         assert!(everything(&server).contains("DaemonSet hanse hanse-agent"));
         assert_eq!(release.get("configmap/hanse-authority", "{.data.authority\\.pem}"), "PEM");
         assert_eq!(release.get("secret/hanse-member", "{.data.member\\.pem}"), "UEVN");
+
+        rolls_back_over_the_lease(&server, &release);
 
         // Keys and state stay by default, and the next release takes them over.
         release.helm(&["uninstall", "hanse"], None);

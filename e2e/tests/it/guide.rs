@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 mod commands;
 mod cookbook;
 mod reference;
+mod values;
 
 fn guide() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/guide")

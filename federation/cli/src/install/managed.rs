@@ -11,10 +11,12 @@ use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 
 use super::Place;
-use super::target::{Target, name_of, of_release};
+use super::target::{JOIN_SECRET, RELEASE, Target, name_of, pods_of_release};
 
 /// The workloads of all releases.
 const LABEL: &str = "app.kubernetes.io/name=hanse";
+/// The Lease of the hub's operator, which has no label.
+pub const OPERATOR_LEASE: &str = "hanse-hub-operator";
 /// Programs that write the status of workloads, or restart them.
 const CONTROLLERS: [&str; 2] = ["kube-controller-manager", "kubectl-rollout"];
 
@@ -26,6 +28,7 @@ pub struct Managed {
     workloads: Vec<String>,
     has_agents: bool,
     has_member: bool,
+    has_hub: bool,
     managers: BTreeSet<Manager>,
 }
 
@@ -102,18 +105,22 @@ where
     let listed = answered(api.list(&ListParams::default().labels(LABEL))).await;
     for object in listed.with_context(|| format!("look for each {kind} of Hanse"))? {
         let (namespace, labels) = (object.namespace().unwrap_or_default(), object.labels());
-        let release = labels.get("app.kubernetes.io/instance").cloned().unwrap_or_default();
+        // Argo CD may overwrite the latter.
+        let release = labels.get(RELEASE).or_else(|| labels.get("app.kubernetes.io/instance"));
+        let release = release.cloned().unwrap_or_default();
         let component = labels.get("app.kubernetes.io/component").map_or("", String::as_str);
         let release = found.entry((namespace.clone(), release.clone())).or_insert_with(|| Managed {
             place: Place { namespace, release },
             workloads: Vec::new(),
             has_agents: false,
             has_member: false,
+            has_hub: false,
             managers: BTreeSet::new(),
         });
         release.workloads.push(format!("{kind} {}", object.name_any()));
         release.has_agents |= component == "agent";
         release.has_member |= component == "member";
+        release.has_hub |= component == "hub";
         release.managers.extend(Manager::of(object.meta()));
     }
     Ok(())
@@ -176,19 +183,36 @@ impl Managed {
             None => {}
         }
         let name = name_of(&self.place);
-        let clean = match self.has_agents {
-            true => format!(
-                "First set the value agent.cleanup=true of the chart there, apply it, and wait for `kubectl --namespace {namespace} \
-                 rollout status daemonset/{name}-agent`: this removes the rules of all nodes. Then delete",
-            ),
-            false => "Delete".to_owned(),
-        };
-        let lease = if self.has_member { format!(", and the Lease {name}-member") } else { String::new() };
-        format!(
-            "{clean} the objects with that program, then what it keeps: `kubectl --namespace {namespace} delete secrets,pvc,configmaps \
-             --selector {}`{lease}.",
-            of_release(&self.place)
-        )
+        let mut steps = Vec::new();
+        if self.has_agents {
+            steps.push(format!(
+                "set the value agent.cleanup=true of the chart there, apply it, and wait for `kubectl --namespace {namespace} rollout status \
+                 daemonset/{name}-agent`: this removes the rules of all nodes"
+            ));
+        }
+        if self.has_hub {
+            steps.push(
+                "if the ClusterSet has custom resources, delete them with their definitions while the hub runs, which removes the policies \
+                 of all clusters: `kubectl delete $(kubectl get crd -o name | grep '\\.hanse\\.dev$')`; without a hub, the finalizer \
+                 hanse.dev/operator has to be removed from each object by hand"
+                    .to_owned(),
+            );
+        }
+        steps.push("delete the objects of the release with that program".to_owned());
+        let delete = format!("kubectl --namespace {namespace} delete --ignore-not-found");
+        let mut rest = vec![format!("`{delete} secrets,configmaps --selector {RELEASE}={release}`")];
+        if self.has_hub {
+            rest.push(format!("`{delete} pvc --selector {}`", pods_of_release(&self.place)));
+            rest.push(format!("`{delete} lease {OPERATOR_LEASE}`"));
+        }
+        if self.has_member {
+            rest.push(format!("`{delete} lease {name}-member`"));
+            rest.push(format!("`{delete} secret {JOIN_SECRET}`"));
+        }
+        steps.push(format!("delete what it keeps, and what the programs created: {}", rest.join(", ")));
+        let steps: Vec<String> =
+            steps.iter().enumerate().map(|(index, step)| format!("({}) {step}", index + 1)).collect();
+        format!("To remove the release: {}.", steps.join("; "))
     }
 }
 
@@ -209,6 +233,7 @@ mod tests {
             workloads: vec!["DaemonSet hanse-agent".to_owned()],
             has_agents: true,
             has_member: true,
+            has_hub: true,
             managers: Manager::of(&metadata).into_iter().collect(),
         }
     }
@@ -243,7 +268,18 @@ mod tests {
         ] {
             let text = without_history(&[release(metadata.clone())], &place(), &Target::default());
             assert!(text.contains(named) && text.contains("Nothing was removed"), "{metadata}: {text}");
-            assert!(text.contains("agent.cleanup=true") && text.contains("Lease hanse-member"), "{text}");
+            for step in [
+                "agent.cleanup=true",
+                "kubectl get crd",
+                "finalizer hanse.dev/operator",
+                "secrets,configmaps --selector chart.hanse.dev/release=hanse`",
+                "pvc --selector app.kubernetes.io/name=hanse,app.kubernetes.io/instance=hanse`",
+                "lease hanse-member`",
+                "lease hanse-hub-operator`",
+                "secret hanse-join`",
+            ] {
+                assert!(text.contains(step), "{step}: {text}");
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt as _};
 
-use super::target::{name_of, of_release};
+use super::target::{name_of, pods_of_release};
 use super::{LOOK_EVERY, Place};
 use crate::output;
 
@@ -86,7 +86,7 @@ pub async fn followed<T>(
 /// What the pods of a release do, in words.
 async fn pods(client: &Client, place: &Place) -> anyhow::Result<String> {
     let api: Api<Pod> = Api::namespaced(client.clone(), &place.namespace);
-    let labels = of_release(place);
+    let labels = pods_of_release(place);
     let list = answered(api.list(&ListParams::default().labels(&labels))).await?;
     let mut components = BTreeMap::<String, (usize, usize, Option<String>)>::new();
     for pod in list.items.iter().filter(|it| it.metadata.deletion_timestamp.is_none()) {

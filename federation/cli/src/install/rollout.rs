@@ -5,11 +5,10 @@ use std::time::Duration;
 use anyhow::Context as _;
 use hanse_kubernetes::answered;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
-use kube::api::ListParams;
 use kube::{Api, Client};
 
 use super::Place;
-use super::target::{of_release, until};
+use super::target::{name_of, until};
 
 /// Pods of one component of a release.
 #[derive(Debug, Default)]
@@ -29,10 +28,8 @@ impl Pods {
 /// The state of the agents; `None`: the release has none.
 pub async fn agents(client: &Client, place: &Place) -> anyhow::Result<Option<Pods>> {
     let api: Api<DaemonSet> = Api::namespaced(client.clone(), &place.namespace);
-    let labels = format!("{},app.kubernetes.io/component=agent", of_release(place));
-    let found =
-        answered(api.list(&ListParams::default().labels(&labels))).await.context("read the agents' DaemonSet")?;
-    let Some(set) = found.items.into_iter().next() else { return Ok(None) };
+    let found = answered(api.get_opt(&format!("{}-agent", name_of(place)))).await;
+    let Some(set) = found.context("read the agents' DaemonSet")? else { return Ok(None) };
     let generation = set.metadata.generation;
     let Some(status) = set.status.filter(|it| it.observed_generation == generation) else {
         // The controller has not seen it yet.
@@ -66,10 +63,8 @@ pub async fn ready(client: &Client, place: &Place, timeout: Duration) -> anyhow:
 
 async fn members(client: &Client, place: &Place) -> anyhow::Result<Pods> {
     let api: Api<Deployment> = Api::namespaced(client.clone(), &place.namespace);
-    let labels = format!("{},app.kubernetes.io/component=member", of_release(place));
-    let found =
-        answered(api.list(&ListParams::default().labels(&labels))).await.context("read the member's Deployment")?;
-    let Some(deployment) = found.items.into_iter().next() else { return Ok(Pods::default()) };
+    let found = answered(api.get_opt(&format!("{}-member", name_of(place)))).await;
+    let Some(deployment) = found.context("read the member's Deployment")? else { return Ok(Pods::default()) };
     let status = deployment.status.unwrap_or_default();
     let is_seen = status.observed_generation == deployment.metadata.generation;
     let wanted = count(deployment.spec.and_then(|it| it.replicas).or(Some(1)));

@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 use hanse_kubernetes::{Access, answered};
 use k8s_openapi::api::core::v1::{Namespace, Secret, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use tokio::time::Instant;
@@ -111,17 +111,7 @@ pub async fn create_namespace(client: &Client, name: &str, privileged: bool) -> 
 /// The Service of the hub.
 pub async fn hub_service(client: &Client, place: &Place) -> anyhow::Result<Option<Service>> {
     let api: Api<Service> = Api::namespaced(client.clone(), &place.namespace);
-    let labels = format!("app.kubernetes.io/component=hub,app.kubernetes.io/instance={}", place.release);
-    let found =
-        answered(api.list(&ListParams::default().labels(&labels))).await.context("look for the hub's Service")?;
-    let serves = |service: &Service, name: &str| {
-        let ports = service.spec.iter().flat_map(|it| it.ports.iter().flatten());
-        ports.into_iter().any(|port| port.name.as_deref() == Some(name))
-    };
-    let is_headless = |service: &Service| service.spec.iter().any(|it| it.cluster_ip.as_deref() == Some("None"));
-    let serving = found.items.into_iter().filter(|it| serves(it, "hub") && serves(it, "join") && !is_headless(it));
-    // Services of replicas have a number at the end.
-    Ok(serving.min_by_key(|it| it.name_any().len()))
+    answered(api.get_opt(&format!("{}-hub", name_of(place)))).await.context("look for the hub's Service")
 }
 
 /// Whether a Service waits for a load balancer.
@@ -179,8 +169,17 @@ pub fn service_of(host: &str) -> Option<(&str, &str)> {
     Some((name.rsplit('.').next()?, namespace))
 }
 
-/// The labels of all objects of a release.
-pub fn of_release(place: &Place) -> String {
+/// The label of all objects of a release but pods and claims.
+pub const RELEASE: &str = "chart.hanse.dev/release";
+
+/// The selectors of all objects of a release but pods and claims: by the label of the chart, which no other program changes, and
+/// of charts before it.
+pub fn of_release(place: &Place) -> [String; 2] {
+    [format!("{RELEASE}={}", place.release), format!("!{RELEASE},{}", pods_of_release(place))]
+}
+
+/// The selector of the pods and claims of a release. Argo CD may overwrite the label `instance`, but not of what other objects create.
+pub fn pods_of_release(place: &Place) -> String {
     format!("app.kubernetes.io/name=hanse,app.kubernetes.io/instance={}", place.release)
 }
 

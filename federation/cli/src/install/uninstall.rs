@@ -19,7 +19,8 @@ use super::helm::Helm;
 use super::managed;
 use super::rollout::agents;
 use super::target::{
-    CREATED, JOIN_SECRET, Target, custom_resources, delete_token_secret, ignore_missing, name_of, of_release, until,
+    CREATED, JOIN_SECRET, Target, custom_resources, delete_token_secret, ignore_missing, name_of, of_release,
+    pods_of_release, until,
 };
 use super::{Place, block_on};
 use crate::output::{self, Format, UsageError};
@@ -125,7 +126,10 @@ impl Uninstall {
                     format!("release {} contains no hub: --member-only is for a release that does", place.release);
                 return Err(UsageError(text).into());
             }
-            let Some(cluster) = cluster else { bail!("release {} contains no member", place.release) };
+            let Some(cluster) = cluster else {
+                let done = format!("release {} contains no member", place.release);
+                return self.report(None, 0, Vec::new(), done);
+            };
             return self.remove_member(&client, &helm, &values, cluster).await;
         }
         let cluster = cluster.filter(|_| has("member"));
@@ -183,13 +187,16 @@ impl Uninstall {
         let has_agents = agents(client, place).await?.is_some();
         let nodes = if has_agents { self.clean_nodes(client, helm, &mut left).await? } else { 0 };
         output::note(format_args!("removing member and agents of release {} of {}", place.release, target.title()));
-        // The name of the cluster stays, so that the command can be repeated.
+        // The name of the cluster stays until the end, so that the command can be repeated.
         helm.set(&["member.enabled=false", "agent.enabled=false", "agent.cleanup=false"]).await?;
-        let labels = format!("{},app.kubernetes.io/component=member", of_release(place));
-        delete_labelled::<Secret>(client, &place.namespace, &labels).await?;
+        for labels in of_release(place) {
+            let labels = format!("{labels},app.kubernetes.io/component=member");
+            delete_labelled::<Secret>(client, &place.namespace, &labels).await?;
+        }
         self.remove_state_of_member(client, values).await?;
         remove_taints(client).await?;
         self.leave(client, &cluster).await?;
+        helm.set(&["member.cluster="]).await?;
         let count = output::count(nodes, "node");
         let done = match has_agents {
             true => {
@@ -279,7 +286,7 @@ impl Uninstall {
     /// Nodes with a pod of the agents that has not removed their rules.
     async fn unclean(&self, client: &Client) -> anyhow::Result<Vec<String>> {
         let api: Api<Pod> = Api::namespaced(client.clone(), &self.place.namespace);
-        let labels = format!("{},app.kubernetes.io/component=agent", of_release(&self.place));
+        let labels = format!("{},app.kubernetes.io/component=agent", pods_of_release(&self.place));
         let pods = answered(api.list(&ListParams::default().labels(&labels))).await.context("read the agents' pods")?;
         let is_clean = |pod: &Pod| {
             let spec = pod.spec.as_ref();
@@ -295,18 +302,20 @@ impl Uninstall {
 
     /// Objects of the release's namespace that Helm keeps, or that the programs created.
     async fn remove_rest(&self, client: &Client, values: &Value) -> anyhow::Result<()> {
-        let (labels, namespace) = (of_release(&self.place), &self.place.namespace);
-        delete_labelled::<PersistentVolumeClaim>(client, namespace, &labels).await?;
-        delete_labelled::<Secret>(client, namespace, &labels).await?;
-        delete_labelled::<ConfigMap>(client, namespace, &labels).await?;
-        delete_labelled::<Lease>(client, namespace, &labels).await?;
+        let namespace = &self.place.namespace;
+        delete_labelled::<PersistentVolumeClaim>(client, namespace, &pods_of_release(&self.place)).await?;
+        for labels in of_release(&self.place) {
+            delete_labelled::<Secret>(client, namespace, &labels).await?;
+            delete_labelled::<ConfigMap>(client, namespace, &labels).await?;
+            delete_labelled::<Lease>(client, namespace, &labels).await?;
+        }
         // The programs create them without the labels of the release.
         if values["member"]["enabled"] == true {
             self.remove_state_of_member(client, values).await?;
         }
         if values["hub"]["enabled"] == true {
             let leases: Api<Lease> = Api::namespaced(client.clone(), namespace);
-            delete(&leases, "hanse-hub-operator").await?;
+            delete(&leases, managed::OPERATOR_LEASE).await?;
         }
         Ok(())
     }
