@@ -62,7 +62,7 @@ fn helm() -> Command {
 }
 
 /// Runs a command with a text as its input.
-fn output(command: &mut Command, input: &str) -> Output {
+pub(crate) fn output(command: &mut Command, input: &str) -> Output {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut process = command.spawn().expect("it starts");
     process.stdin.take().expect("a pipe").write_all(input.as_bytes()).expect("it reads its input");

@@ -17,6 +17,8 @@ use crate::chart::{self, NAMESPACE};
 use crate::clusters::east::{East, world};
 use crate::clusters::nodes::{PATIENCE, addresses};
 
+mod webhook;
+
 const DIGEST: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 const USER: &str = "installer";
 
@@ -157,6 +159,7 @@ fn commands_need_the_listed_rights_and_remove_everything() {
                 }
                 let hub = installs_and_joins(&east).await;
                 names_missing_rights(&east, &hub).await;
+                webhook::needs_its_rights(&east).await;
                 removes_the_member_only(&mut east, &fabric).await;
                 removes_the_rest(&east).await;
                 leaves_what_others_installed(&east).await;
@@ -195,13 +198,19 @@ async fn installs_and_joins(east: &East) -> String {
     });
     assert!(counted.await.is_some(), "the quota is in effect");
     // A user cannot grant what it lacks.
-    installer.without("hanse-install", "clustersets").await;
-    let (code, _, refused) = installer.install(&["--timeout=2"]);
-    let is_named = refused.contains("permissions not currently held") && refused.contains("clustersets");
-    assert!(code == Some(1) && is_named, "{refused}");
-    installer.with("hanse-install", "clustersets").await;
+    for resource in ["clustersets"].iter().chain(&webhook::RESOURCES) {
+        installer.without("hanse-install", resource).await;
+        // Roles of an earlier attempt are not checked again.
+        east.kubectl(&["delete", "clusterrole", "hanse-hub", "hanse-hub-webhook", "--ignore-not-found"], "");
+        let (code, _, refused) = installer.install(&[&webhook::VALUES[..], &["--timeout=2"]].concat());
+        // Helm looks for what an earlier attempt has created before it creates anything.
+        let whys = ["permissions not currently held".to_owned(), format!("User \"{USER}\" cannot get resource")];
+        let is_named = whys.iter().any(|why| refused.contains(why)) && refused.contains(resource);
+        assert!(code == Some(1) && is_named, "without {resource}: {refused}");
+        installer.with("hanse-install", resource).await;
+    }
     // What keeps pods from being created is in the events of their controller only, which repeats them less and less often.
-    let (code, _, refused) = installer.install(&["--timeout=15"]);
+    let (code, _, refused) = installer.install(&[&webhook::VALUES[..], &["--timeout=15"]].concat());
     let warning = "StatefulSet hanse-hub: FailedCreate: ";
     let error = refused.split_once("hanse: install the hub (").map_or("", |(_, error)| error);
     assert!(code == Some(1) && refused.contains(&format!("  warning of {warning}")), "{refused}");
@@ -210,7 +219,7 @@ async fn installs_and_joins(east: &East) -> String {
         "{refused}"
     );
     east.kubectl(&["--namespace", NAMESPACE, "delete", "quota/none"], "");
-    let (code, _, notes) = installer.install(&[]);
+    let (code, _, notes) = installer.install(&webhook::VALUES);
     assert_eq!(code, Some(0), "{notes}\n{}", east.logs());
     assert!(!notes.contains("exceeded quota"), "an old warning explains nothing: {notes}");
 
@@ -229,6 +238,7 @@ async fn names_missing_rights(east: &East, hub: &str) {
         ("hanse-release", "secrets", false),
         ("hanse-release", "poddisruptionbudgets", false),
         ("hanse-release-cluster", "clusterroles", false),
+        ("hanse-install", "validatingwebhookconfigurations", false),
         ("hanse-install-events", "rolebindings", false),
         ("hanse-join", "nodes", true),
         ("hanse-release-cluster", "daemonsets", true),
@@ -291,8 +301,21 @@ async fn removes_the_member_only(east: &mut East, fabric: &Fabric) {
         .collect();
     assert!(of_member.is_empty() && found.contains("clusterrole.rbac.authorization.k8s.io/hanse-hub"), "{found}");
     // The hub stays, with its ClusterSet, and the command may be repeated.
-    let (code, _, text) = installer.hanse(&["uninstall", "--member-only"]);
-    assert_eq!(code, Some(0), "{text}");
+    let values = east
+        .server
+        .helm()
+        .expect("Helm")
+        .args(["get", "values", "hanse", "--output=json", "--namespace", NAMESPACE])
+        .output();
+    let values: Value = serde_json::from_slice(&values.expect("it runs").stdout).expect("JSON");
+    let member = &values["member"];
+    assert_eq!(
+        (&member["enabled"], &member["cluster"]),
+        (&json!(false), &json!("")),
+        "the release is no cluster: {values}"
+    );
+    let (code, done, text) = installer.hanse(&["uninstall", "--member-only"]);
+    assert!(code == Some(0) && done.contains("contains no member"), "{done}{text}");
     let same = east.ready_component("hub", 1).await.remove(0);
     assert_eq!(same.metadata.uid, hub.metadata.uid, "the hub was not touched");
 }
@@ -330,6 +353,9 @@ async fn leaves_what_others_installed(east: &East) {
         "installed by kubectl-client-side-apply",
         "Nothing was removed",
         "agent.cleanup=true",
+        "hanse.dev/operator",
+        "delete --ignore-not-found secrets,configmaps --selector chart.hanse.dev/release=hanse`",
+        "lease hanse-hub-operator`",
     ] {
         assert!(text.contains(named), "{named}: {text}");
     }

@@ -74,8 +74,9 @@ pub struct East {
 impl East {
     pub async fn start(world: &Cluster, fabric: &Fabric, scratch: &Path) -> Self {
         let etcd = Etcd::start().expect("etcd starts");
-        // Where every node reaches the router.
+        // Where every node reaches the router. It reaches the pods of a webhook, and no Services.
         let options = Options::new(&world.name).listen([169, 254, 2, 1].into());
+        let options = options.argument("--enable-aggregator-routing=true");
         let server = ApiServer::start(&etcd, options).await.expect("it is ready");
         let mut controllers = Controllers::start(&server).await.expect("they work");
         controllers.start_scheduler(&server).expect("it starts");
