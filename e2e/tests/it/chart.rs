@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 mod failover;
 mod images;
 pub(crate) mod installed;
+mod jobs;
 mod openshift;
 mod replicas;
 mod returning;

@@ -8,6 +8,8 @@
 //!
 //! Names of Services are in the file `/etc/hosts` of a container, as of the start of its program.
 //!
+//! There is no `attach`: a container with `stdin: true` reads a named pipe, and starts when it is opened for writing.
+//!
 //! Not simulated: limits of resources, seccomp and AppArmor, `exec` and `grpc` probes (an error), and files that change while the
 //! pod runs.
 
@@ -78,6 +80,12 @@ impl Programs {
         self.scratch.join("logs").join(format!("{namespace}_{pod}_{container}.log"))
     }
 
+    /// The named pipe of a container with `stdin: true`. It exists when the container starts.
+    pub fn standard_input(&self, namespace: &str, pod: &str, container: &str) -> PathBuf {
+        // Not beside the logs, all of which are read.
+        self.scratch.join("stdin").join(format!("{namespace}_{pod}_{container}"))
+    }
+
     /// The folder that is `path` for the host paths of a node.
     pub fn host_path(&self, node: &str, path: &str) -> PathBuf {
         self.scratch.join("nodes").join(node).join(path.trim_start_matches('/'))
@@ -131,12 +139,23 @@ impl Programs {
         let spawned = async {
             let variables = environment::variables(start, pod, container).await?;
             let program = self.program(container).context("the container has a program")?;
-            let script = self.script(pod, container, volumes, &variables)?;
+            let mut script = self.script(pod, container, volumes, &variables)?;
             let root = self.scratch.join("roots").join(pod["metadata"]["uid"].as_str().unwrap_or_default()).join(name);
             std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
             // The root is mounted over the folder.
             let hosts = root.with_extension("hosts");
             std::fs::write(&hosts, environment::hosts(start, pod).await?).context("write the names of Services")?;
+            let metadata = &pod["metadata"];
+            let text = |key: &str| metadata[key].as_str().unwrap_or_default();
+            let log = self.log_file(text("namespace"), text("name"), name);
+            std::fs::create_dir_all(log.parent().context("a log is in a folder")?)
+                .context("create the folder of logs")?;
+            if container["stdin"] == true {
+                let pipe = self.standard_input(text("namespace"), text("name"), name);
+                std::fs::create_dir_all(self.scratch.join("stdin")).context("create the folder of pipes")?;
+                let pipe = quote(&pipe.to_string_lossy());
+                script.insert_str(0, &format!("rm -f {pipe}; mkfifo -m 600 {pipe}; exec <{pipe}\n"));
+            }
             let mut command = Command::new("unshare");
             command.args(["--mount", "--propagation=private", "sh", "-ec"]).arg(script).arg("sh");
             command.arg(root).arg(hosts).arg(program);
@@ -151,11 +170,6 @@ impl Programs {
             }
             command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
             command.envs(variables);
-            let metadata = &pod["metadata"];
-            let text = |key: &str| metadata[key].as_str().unwrap_or_default();
-            let log = self.log_file(text("namespace"), text("name"), name);
-            std::fs::create_dir_all(log.parent().context("a log is in a folder")?)
-                .context("create the folder of logs")?;
             start.network.enter(|| Process::start_bound(command, &log)).context("start the program")
         };
         spawned.await.with_context(|| format!("container {name}"))

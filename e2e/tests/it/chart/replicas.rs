@@ -20,12 +20,12 @@ use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams};
 use serde_json::{Value, json};
 
-use super::{NAMESPACE, PATIENCE, Release, complete, set, template};
+use super::{NAMESPACE, PATIENCE, Release, complete, jobs, set};
 use crate::clusters::east::{East, WORKLOADS, world};
 use crate::clusters::nodes::is_ready;
 use crate::etcd_nodes::Nodes;
 
-const REPLICAS: usize = 3;
+pub(super) const REPLICAS: usize = 3;
 /// The nodes of the cluster, each with an agent.
 const AGENTS: usize = 2;
 /// The lease of a cluster at the hub, in seconds.
@@ -62,7 +62,7 @@ spec: {{cluster: {cluster}, secretName: hanse-join, accept: true}}
 }
 
 /// It closes nothing yet.
-const POLICY: &str = "apiVersion: hanse.dev/v1alpha1
+pub(super) const POLICY: &str = "apiVersion: hanse.dev/v1alpha1
 kind: Tier
 metadata: {name: platform}
 spec: {phase: Guard, order: 100}
@@ -127,7 +127,7 @@ fn values(east: &East, etcd: &Nodes) -> Value {
     values
 }
 
-fn pod(number: usize) -> String {
+pub(super) fn pod(number: usize) -> String {
     format!("hanse-hub-{number}")
 }
 
@@ -253,46 +253,6 @@ fn policies_arrive_when_replicas_of_the_hub_are_killed() {
     });
 }
 
-/// A release with the embedded store moves to etcd, as the guide describes it.
-async fn moves_to_etcd(east: &East, release: &Release<'_>, values: &Value) {
-    let embedded = json!({"storageClassName": ""});
-    let embedded = set(set(complete(), "hub.persistence", embedded), "hub.operator", json!({"enabled": true}));
-    let only = |values: Value| set(set(values, "member.enabled", json!(false)), "agent.enabled", json!(false));
-    release.helm(&["install", "hanse"], Some(&only(embedded)));
-    east.ready_component("hub", 1).await;
-    east.kubectl(&["apply", "-f", "-"], POLICY);
-    east.kubectl(&["wait", "--for=condition=Accepted", "--timeout=60s", "fnp/web"], "");
-    let in_namespace = |arguments: &[&str], input: &str| {
-        east.kubectl(&[&["--namespace", NAMESPACE], arguments].concat(), input);
-    };
-    in_namespace(&["scale", "statefulset/hanse-hub", "--replicas=0"], "");
-    in_namespace(&["wait", "--for=delete", "pod/hanse-hub-0", "--timeout=60s"], "");
-    let migrating = set(only(values.clone()), "hub.job", json!({"action": "MigrateToEtcd"}));
-    let job = super::success(template(&migrating).args(["--show-only", "templates/hub-job.yaml"]), "");
-    in_namespace(&["create", "-f", "-"], &job);
-    let waited = super::output(
-        east.server.kubectl().expect("kubectl").args([
-            "--namespace",
-            NAMESPACE,
-            "wait",
-            "--for=condition=complete",
-            "--timeout=60s",
-            "job/hanse-hub-job",
-        ]),
-        "",
-    );
-    assert!(waited.status.success(), "the Job has moved the store\n{}", east.logs());
-    in_namespace(&["delete", "job/hanse-hub-job"], "");
-    let notes = release.helm(&["upgrade", "hanse"], Some(&only(values.clone())));
-    assert!(notes.contains("store is on etcd") && notes.contains("hub.advertise"), "{notes}");
-    east.ready_component("hub", REPLICAS).await;
-    let root = |number: usize| {
-        let file = format!("claims/east/{NAMESPACE}/data-{}/hub/ca.pem", pod(number));
-        fs::read(east.scratch.join(file)).expect("the certificate of the authority")
-    };
-    assert!((1..REPLICAS).all(|number| root(number) == root(0)), "it is the same ClusterSet");
-}
-
 /// The hub first: the cluster gets a name for which the replica that it watches is not the one whose operator leads.
 async fn install(east: East, etcd: &Nodes, files: &Path) -> Running {
     let start = Instant::now();
@@ -303,7 +263,7 @@ async fn install(east: East, etcd: &Nodes, files: &Path) -> Running {
     east.kubectl(&[&create[..], &["hanse-unlock", &from("unlock.key")]].concat(), "");
     let values = values(&east, etcd);
     let release = Release { server: &east.server };
-    moves_to_etcd(&east, &release, &values).await;
+    jobs::moves_to_etcd(&east, &release, &values, files).await;
     let mut leads = None;
     let found = until(PATIENCE, async || {
         leads = leader(&east).await;
