@@ -251,8 +251,14 @@ async fn names_missing_rights(east: &East, hub: &str) {
         assert!(code == Some(1) && is_named, "{role} without {resource}: {text}");
         installer.with(role, resource).await;
     }
+    // What another program has set is overwritten, also by Helm 4.
+    let member = |arguments: &[&str]| {
+        east.kubectl(&[&["--namespace", NAMESPACE], arguments, &["deployment/hanse-member"]].concat(), "")
+    };
+    member(&["scale", "--replicas=1"]);
     let (code, _, text) = installer.join(hub, &[]);
     assert_eq!(code, Some(0), "with all of them: {text}");
+    assert_eq!(member(&["get", "-o", "jsonpath={.spec.replicas}"]), "2");
 }
 
 /// Of the release, with a node that does not answer.
