@@ -741,13 +741,18 @@ fn refuses_state_in_a_claim(server: &ApiServer, release: &Release<'_>, values: &
     kubectl(&["delete", "persistentvolumeclaim", "hanse-member", "--wait=false"], "");
 }
 
-/// Charts in which the Lease of the member was an object of the release are rolled back to when the Lease that the member created is gone.
-fn rolls_back_over_the_lease(server: &ApiServer, release: &Release<'_>) {
+/// To an earlier chart, and back: no field that cannot be changed differs. The Lease of the member was an object of the release then, so that the
+/// one that the member created has to be gone.
+fn rolls_back_to_an_earlier_chart(server: &ApiServer, release: &Release<'_>) {
     let folder = tempfile::tempdir().expect("a folder");
     let older = folder.path().join("chart");
     success(Command::new("cp").arg("-a").arg(chart()).arg(&older), "");
     let lease = "apiVersion: coordination.k8s.io/v1\nkind: Lease\nmetadata: {name: hanse-member, namespace: hanse}\n";
     std::fs::write(older.join("templates/lease.yaml"), lease).expect("written");
+    let helpers = std::fs::read_to_string(older.join("templates/_helpers.tpl")).expect("it is read");
+    let without = helpers.replace("chart.hanse.dev/release: {{ .root.Release.Name }}\n", "");
+    assert_ne!(without, helpers, "earlier charts did not have the label");
+    std::fs::write(older.join("templates/_helpers.tpl"), without).expect("written");
     let helm = |arguments: &[&str], input: &str| {
         output(server.helm().expect("Helm").args(arguments).args(["--namespace", NAMESPACE]), input)
     };
@@ -757,7 +762,10 @@ fn rolls_back_over_the_lease(server: &ApiServer, release: &Release<'_>) {
     let status: Value = serde_json::from_slice(&upgraded.stdout).expect("the release");
     let revision = status["version"].to_string();
     // Helm removes the Lease, and the member creates it.
+    let label = r"{.metadata.labels.chart\.hanse\.dev/release}";
+    assert_eq!(release.get("service/hanse-hub", label), "");
     release.helm(&["upgrade", "hanse"], Some(&complete()));
+    assert_eq!(release.get("service/hanse-hub", label), "hanse");
     let leases = ["--namespace", NAMESPACE, "get", "leases", "-o", "name"];
     assert!(!kubectl(&leases, "").contains("hanse-member"));
     kubectl(&["create", "-f", "-"], lease);
@@ -767,6 +775,7 @@ fn rolls_back_over_the_lease(server: &ApiServer, release: &Release<'_>) {
     kubectl(&["--namespace", NAMESPACE, "delete", "lease", "hanse-member"], "");
     release.helm(&["rollback", "hanse", &revision], None);
     assert!(kubectl(&leases, "").contains("hanse-member"), "it is that of the chart");
+    assert_eq!(release.get("service/hanse-hub", label), "");
     release.helm(&["upgrade", "hanse"], Some(&complete()));
 }
 
@@ -848,7 +857,7 @@ fn releases_come_and_go_on_a_real_api_server() {
         assert_eq!(release.get("configmap/hanse-authority", "{.data.authority\\.pem}"), "PEM");
         assert_eq!(release.get("secret/hanse-member", "{.data.member\\.pem}"), "UEVN");
 
-        rolls_back_over_the_lease(&server, &release);
+        rolls_back_to_an_earlier_chart(&server, &release);
 
         // Keys and state stay by default, and the next release takes them over.
         release.helm(&["uninstall", "hanse"], None);
