@@ -408,6 +408,23 @@ async fn is_named((group, resource, verb, name): &Right, process: &Process) {
     assert_eq!(other, None, "only {named} is missing");
 }
 
+/// The member of a release whose agents are removed frees all nodes.
+async fn removes_taints(east: &East, fabric: &Fabric, files: &Files) {
+    east.kubectl(&["taint", "nodes", "--overwrite", "unready", "a", "hanse.dev/agent-not-ready=:NoSchedule"], "");
+    let administrator = east.server.user("taints", &["system:masters"]).expect("a user");
+    let kubeconfig = east.server.write_kubeconfig("taints", &administrator).expect("written");
+    let (folder, log) = (east.scratch.join("taints"), east.scratch.join("taints.log"));
+    files.copy_to(&folder);
+    let mut command = Command::new(crate::system::programs().join("hanse-member"));
+    command.args(["run", "--cluster", "east", "--hub", "127.0.0.1:1", "--source", "kubernetes", "--data"]);
+    command.arg(&folder).arg("--kubeconfig").arg(&kubeconfig).arg("--remove-node-taints");
+    command.args(["--agent-listen", "127.0.0.1:0", "--enrol-listen", "127.0.0.1:0"]);
+    let process = Process::start(fabric.router(), command, &log).expect("it starts");
+    let taints = ["get", "nodes", "-o", "jsonpath={.items[*].spec.taints[*].key}"];
+    let freed = until(PATIENCE, async || !east.kubectl(&taints, "").contains("hanse.dev/agent-not-ready"));
+    assert!(freed.await.is_some(), "{}", process.log());
+}
+
 /// Each right of the member's roles is taken away in turn, and the member's log names it. One that is not missed is superfluous.
 async fn needs_its_rights(east: &East, fabric: &Fabric) {
     // The kinds that a member reads where they exist.
@@ -497,6 +514,7 @@ async fn needs_its_rights(east: &East, fabric: &Fabric) {
         is_named(missing, &process).await;
     }
     println!("{} rights are needed: {:?}", count + 1, start.elapsed());
+    removes_taints(east, fabric, &files).await;
 
     // Tokens of nodes are reviewed on their enrolment.
     let index = count;
