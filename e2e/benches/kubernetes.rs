@@ -33,6 +33,10 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
+/// That of the member.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const SHAPES: &[&str] = &["start", "change", "events", "recorded"];
 const PODS: usize = 100_000;
 const NODES: usize = 1_000;
