@@ -49,8 +49,16 @@ impl Condition {
 /// not ready, and its status shows the reason. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Writes {
-    failing: watch::Sender<BTreeMap<&'static str, String>>,
+    failing: watch::Sender<BTreeMap<&'static str, Failure>>,
     written: Condition,
+}
+
+/// Why something cannot be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    error: String,
+    /// The next start would begin with something older.
+    is_of_start: bool,
 }
 
 impl Writes {
@@ -62,6 +70,15 @@ impl Writes {
 
     /// Records that a file was written, or could not be. Logs changes.
     pub fn note(&self, file: &'static str, result: &io::Result<()>) {
+        self.record(file, result, true);
+    }
+
+    /// The same of an object that only other programs read: the process is ready without it.
+    pub fn note_for_others(&self, object: &'static str, result: &io::Result<()>) {
+        self.record(object, result, false);
+    }
+
+    fn record(&self, file: &'static str, result: &io::Result<()>, is_of_start: bool) {
         self.failing.send_if_modified(|failing| {
             let is_change = match result {
                 Ok(()) => {
@@ -72,27 +89,33 @@ impl Writes {
                     failed
                 }
                 Err(error) => {
-                    let text = error.to_string();
-                    let is_change = failing.get(file) != Some(&text);
+                    let failure = Failure { error: error.to_string(), is_of_start };
+                    let is_change = failing.get(file) != Some(&failure);
+                    match is_of_start {
+                        _ if !is_change => {}
+                        true => {
+                            tracing::error!(file, %error, "file not written: the next start would use an older one")
+                        }
+                        false => tracing::error!(file, %error, "object not written: other programs use an older one"),
+                    }
                     if is_change {
-                        tracing::error!(file, %error, "file not written: the next start would use an older one");
-                        failing.insert(file, text);
+                        failing.insert(file, failure);
                     }
                     is_change
                 }
             };
-            self.written.set(failing.is_empty());
+            self.written.set(!failing.values().any(|it| it.is_of_start));
             is_change
         });
     }
 
     /// The files that cannot be written, with the error.
     pub fn failing(&self) -> BTreeMap<&'static str, String> {
-        self.failing.borrow().clone()
+        self.failing.borrow().iter().map(|(file, failure)| (*file, failure.error.clone())).collect()
     }
 
     /// Changes with [`Self::failing`].
-    pub fn changes(&self) -> watch::Receiver<BTreeMap<&'static str, String>> {
+    pub fn changes(&self) -> watch::Receiver<BTreeMap<&'static str, Failure>> {
         self.failing.subscribe()
     }
 }
@@ -122,5 +145,9 @@ mod tests {
         assert!(changes.has_changed().unwrap() && !health.waiting_for().is_empty());
         writes.note("ranges", &Ok(()));
         assert!(health.waiting_for().is_empty() && writes.failing().is_empty());
+        writes.note_for_others("a Service", &full());
+        assert!(health.waiting_for().is_empty() && writes.failing().contains_key("a Service"));
+        writes.note_for_others("a Service", &Ok(()));
+        assert!(writes.failing().is_empty());
     }
 }

@@ -27,12 +27,17 @@ pub struct Node {
     pub info: NodeInfo,
 }
 
+/// The key of the taint of nodes whose agents have no rules yet.
+pub const AGENT_NOT_READY: &str = "hanse.dev/agent-not-ready";
+
 /// The fields of a node that rule sets need.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NodeInfo {
     pub labels: Labels,
     pub addresses: Vec<IpAddr>,
     pub pod_ranges: Vec<IpNet>,
+    /// It has the taint [`AGENT_NOT_READY`].
+    pub agent_not_ready: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -61,6 +61,14 @@ pub struct NodeSpec {
     pub pod_cidr: Option<String>,
     #[serde(rename = "podCIDRs", default, deserialize_with = "null_as_default")]
     pub pod_cidrs: Vec<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub taints: Vec<Taint>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+pub struct Taint {
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub key: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -101,8 +109,9 @@ impl Node {
 
     pub fn convert(self) -> inventory::Node {
         let (addresses, pod_ranges) = (self.addresses(), self.pod_ranges());
+        let agent_not_ready = self.spec.taints.iter().any(|taint| taint.key == inventory::AGENT_NOT_READY);
         let Metadata { name, labels, .. } = self.metadata;
-        inventory::Node { name: name.into(), info: NodeInfo { labels, addresses, pod_ranges } }
+        inventory::Node { name: name.into(), info: NodeInfo { labels, addresses, pod_ranges, agent_not_ready } }
     }
 
     /// Malformed metadata, and ranges and addresses that are none: without its ranges a node's new pods are not closed.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use hanse_kubernetes::{Access, answered};
+use hanse_runtime::health::Writes;
 use hanse_runtime::retry::Backoff;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -16,6 +17,7 @@ use kube::api::{ListParams, Patch, PatchParams};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use crate::api_server::Reported;
 use crate::leadership::Leadership;
 
 /// The interval between checks of the EndpointSlice.
@@ -69,8 +71,10 @@ pub async fn keep_endpoints(
     service: AgentService,
     (agents, enrolment): (SocketAddr, SocketAddr),
     leadership: Leadership,
+    writes: Writes,
     stop: CancellationToken,
 ) {
+    let mut reported = Reported::new(writes, "the EndpointSlice of the Service of agents");
     let mut backoff = Backoff::default();
     let mut is_written = false;
     loop {
@@ -78,6 +82,7 @@ pub async fn keep_endpoints(
             true => write(&access, &service, agents, enrolment).await,
             false => Err(anyhow::anyhow!("the Lease was not renewed: another process may lead")),
         };
+        reported.note(&written);
         let wait = match written {
             Ok(()) => {
                 if !is_written {

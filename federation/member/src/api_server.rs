@@ -1,11 +1,12 @@
 //! The API server of the member's cluster, beside the objects that the source reads.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use hanse_kubernetes::{Access, answered};
+use hanse_runtime::health::Writes;
 use hanse_runtime::retry::Backoff;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
 use k8s_openapi::api::core::v1::ConfigMap;
@@ -31,6 +32,40 @@ const TURN_WITHIN: Duration = Duration::from_secs(10);
 /// The key of the authority's certificate in its ConfigMap.
 pub const AUTHORITY_KEY: &str = "authority.pem";
 
+/// A write that fails for this long is reported: a restart of the API server is not a problem.
+const FAILS_AFTER: Duration = Duration::from_secs(5);
+/// The name of reviews in reports of failed writes, and how long one that failed is reported: whether the next one fails is known only when
+/// an agent enrols.
+pub const REVIEWS_REPORTED_AS: &str = "reviews of the tokens of agents";
+const REVIEW_REPORTED_FOR: Duration = Duration::from_secs(600);
+
+/// Reports whether an object of the API server, which other programs read, can be written.
+pub struct Reported {
+    writes: Writes,
+    object: &'static str,
+    failing_since: Option<Instant>,
+}
+
+impl Reported {
+    /// `object`: its name in the report.
+    pub fn new(writes: Writes, object: &'static str) -> Self {
+        Self { writes, object, failing_since: None }
+    }
+
+    pub fn note<T>(&mut self, result: &anyhow::Result<T>) {
+        match result {
+            Ok(_) => {
+                self.failing_since = None;
+                self.writes.note_for_others(self.object, &Ok(()));
+            }
+            Err(error) if self.failing_since.get_or_insert_with(Instant::now).elapsed() >= FAILS_AFTER => {
+                self.writes.note_for_others(self.object, &Err(std::io::Error::other(format!("{error:#}"))));
+            }
+            Err(_) => {}
+        }
+    }
+}
+
 /// Why a service-account token does not identify a node.
 #[derive(Debug, thiserror::Error)]
 pub enum ReviewError {
@@ -48,6 +83,8 @@ pub struct Reviewer {
     client: Client,
     agents: AgentAccount,
     turns: Arc<Semaphore>,
+    /// When the last review failed, and why; `None` if it did not.
+    failed: Arc<Mutex<Option<(Instant, String)>>>,
 }
 
 impl std::fmt::Debug for Reviewer {
@@ -67,7 +104,7 @@ pub struct AgentAccount {
 
 impl Reviewer {
     pub fn new(client: Client, agents: AgentAccount) -> Self {
-        Self { client, agents, turns: Arc::new(Semaphore::new(REVIEWS)) }
+        Self { client, agents, turns: Arc::new(Semaphore::new(REVIEWS)), failed: Arc::default() }
     }
 
     /// The node of the pod that a token is bound to.
@@ -83,10 +120,19 @@ impl Reviewer {
         let _turn = turn.context("many nodes enrol at the same time").map_err(ReviewError::Failed)?;
         let parameters = PostParams::default();
         let reviewed = answered(api.create(&parameters, &review)).await;
+        let failed = reviewed.as_ref().err().map(|error| (Instant::now(), format!("{error:#}")));
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = failed;
         let status = reviewed.context("review the token").map_err(ReviewError::Failed)?.status.unwrap_or_default();
         let user = status.user.unwrap_or_default();
         self.check(status.authenticated == Some(true), &status.audiences.unwrap_or_default(), &user)
             .map_err(|error| ReviewError::Refused(error.to_string()))
+    }
+
+    /// Why the last review failed, unless that is long ago.
+    pub fn failure(&self) -> Option<String> {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let recent = failed.as_ref().filter(|(at, _)| at.elapsed() < REVIEW_REPORTED_FOR);
+        recent.map(|(_, error)| error.clone())
     }
 
     fn check(&self, is_authenticated: bool, audiences: &[String], user: &UserInfo) -> anyhow::Result<String> {

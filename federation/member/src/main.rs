@@ -544,7 +544,11 @@ fn print_list(
 }
 
 fn print_flows(args: &FlowsArgs) -> anyhow::Result<()> {
-    joined_state(&args.data)?;
+    let state = joined_state(&args.data)?;
+    anyhow::ensure!(
+        state.has_current_caches().context("find out which member leads")?,
+        "another member of the cluster leads, and has the records of its flows: run this command in its pod"
+    );
     let decision = args.decision.map(|decision| match decision {
         Decision::Allowed => "allowed",
         Decision::Denied => "denied",

@@ -9,8 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use hanse_api::inventory::AGENT_NOT_READY;
 use hanse_kubernetes::{Access, answered};
 use hanse_policy::inventory::Labels;
+use hanse_runtime::health::Writes;
 use hanse_runtime::retry::Backoff;
 use k8s_openapi::api::core::v1::{Node, Taint};
 use k8s_openapi::jiff::Timestamp;
@@ -19,11 +21,10 @@ use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use crate::api_server::Reported;
 use crate::fanout::{Fanout, Readiness};
 use crate::state::State;
 
-/// The key of the taint.
-pub const AGENT_NOT_READY: &str = "hanse.dev/agent-not-ready";
 const NO_SCHEDULE: &str = "NoSchedule";
 /// The time of the newest node that existed at the first start.
 const NEWEST_AT_START: &str = "newest-node-at-start";
@@ -60,13 +61,23 @@ impl NodeTaints {
 }
 
 /// Sets and removes the taint, until `stop`.
-pub async fn keep_taints(taints: NodeTaints, access: Access, fanout: Fanout, state: State, stop: CancellationToken) {
+pub async fn keep_taints(
+    taints: NodeTaints,
+    access: Access,
+    fanout: Fanout,
+    state: State,
+    writes: Writes,
+    stop: CancellationToken,
+) {
     let mut taints = Taints { taints, access, fanout, state, examined: BTreeMap::new() };
+    let mut reported = Reported::new(writes, "the taints of nodes");
     let mut backoff = Backoff::default();
     let mut nodes = taints.fanout.source_changes();
     loop {
         nodes.mark_unchanged();
-        let wait = match taints.keep().await {
+        let kept = taints.keep().await;
+        reported.note(&kept);
+        let wait = match kept {
             Ok(()) => {
                 backoff.reset();
                 EVERY
@@ -90,7 +101,7 @@ struct Taints {
     access: Access,
     fanout: Fanout,
     state: State,
-    /// What was known of a node when its taint was looked at last. One that was ready is not looked at again.
+    /// What was known of a node when its taint was looked at last. One that was ready is looked at again only if it has the taint.
     examined: BTreeMap<Arc<str>, Readiness>,
 }
 
@@ -111,8 +122,12 @@ impl Taints {
         let nodes = self.fanout.readiness();
         self.examined.retain(|node, _| nodes.contains_key(node));
         let mut outcome = Ok(());
-        for (node, readiness) in nodes {
-            if self.examined.get(&node).is_some_and(|last| *last == readiness || *last == Readiness::Ready) {
+        for (node, (readiness, has_taint)) in nodes {
+            let is_examined =
+                self.examined.get(&node).is_some_and(|last| *last == readiness || *last == Readiness::Ready);
+            // Another program may have set the taint since.
+            let must_be_freed = has_taint && readiness != Readiness::Waiting;
+            if is_examined && !must_be_freed {
                 continue;
             }
             let has_enrolled = self.fanout.has_enrolled(&node);

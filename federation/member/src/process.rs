@@ -26,7 +26,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent_service::{AgentService, keep_endpoints};
-use crate::api_server::{self, AgentAccount, ConfigMapName, Reviewer};
+use crate::api_server::{self, AgentAccount, ConfigMapName, REVIEWS_REPORTED_AS, Reviewer};
 use crate::exchange::client::Client;
 use crate::fanout::Fanout;
 use crate::flows::{self, Inbox};
@@ -118,17 +118,19 @@ pub async fn run_elected(options: Options, shutdown: Shutdown, elected: &OnceLoc
     if let (Some(service), Some(leadership), Location::Kubernetes(access)) =
         (&options.agent_service, &leadership, &options.source)
     {
-        let keeping = (access.clone(), service.clone(), leadership.clone(), stop.clone());
+        let writes = monitoring.writes.clone();
+        let keeping = (access.clone(), service.clone(), leadership.clone(), writes, stop.clone());
         shutdown.supervise("Service of agents", move || {
-            let (access, service, leadership, stop) = keeping.clone();
-            keep_endpoints(access, service, (agents, enrolment), leadership, stop)
+            let (access, service, leadership, writes, stop) = keeping.clone();
+            keep_endpoints(access, service, (agents, enrolment), leadership, writes, stop)
         });
     }
     if let (true, Location::Kubernetes(access)) = (options.node_taints.are_kept(), &options.source) {
-        let keeping = (options.node_taints.clone(), access.clone(), fanout.clone(), state.clone(), stop.clone());
+        let (taints, writes) = (options.node_taints.clone(), monitoring.writes.clone());
+        let keeping = (taints, access.clone(), fanout.clone(), state.clone(), writes, stop.clone());
         shutdown.supervise("taints of nodes", move || {
-            let (taints, access, fanout, state, stop) = keeping.clone();
-            keep_taints(taints, access, fanout, state, stop)
+            let (taints, access, fanout, state, writes, stop) = keeping.clone();
+            keep_taints(taints, access, fanout, state, writes, stop)
         });
     }
     let client = Client::restore(&options.data, monitoring.writes.clone(), hubs.clone()).with_leadership(leadership);
@@ -500,7 +502,9 @@ impl Member {
         if !changed.nodes.is_empty() || !self.fanout.has_source_nodes() {
             let ranges = local.nodes.iter().map(|(name, node)| (name.clone(), closed(node)));
             let without_agent = local.nodes.iter().filter(|(_, node)| !self.node_taints.have_agent(&node.labels));
-            self.fanout.set_source_nodes(ranges, without_agent.map(|(name, _)| name.clone()).collect());
+            let without_agent = without_agent.map(|(name, _)| name.clone()).collect();
+            let tainted = local.nodes.iter().filter(|(_, node)| node.agent_not_ready).map(|(name, _)| name.clone());
+            self.fanout.set_source_nodes(ranges, without_agent, tainted.collect());
         }
         self.client.publish(&local.cluster, &changed);
         if !changed.policies.is_empty() {
@@ -530,7 +534,9 @@ impl Member {
         let nodes = self.fanout.realisation();
         let policies = self.client.with_receiver(|it| (it.refused().len(), it.waiting().0.len()));
         self.metrics.set(&self.world, &nodes, policies);
-        self.client.report(report::realisation(&self.world, &nodes, &self.client, self.writes.failing()));
+        let mut failing = self.writes.failing();
+        failing.extend(self.fanout.review_failure().map(|error| (REVIEWS_REPORTED_AS, error)));
+        self.client.report(report::realisation(&self.world, &nodes, &self.client, failing));
     }
 }
 

@@ -281,10 +281,7 @@ impl State {
         if self.secrets.is_none() {
             return Ok(true);
         }
-        let path = self.data.join(CACHES_ID);
-        let own = found(std::fs::read_to_string(&path))?.unwrap_or_default();
-        let last = self.read(CACHES)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        if !own.is_empty() && last.as_ref() == Some(&own) {
+        if self.has_current_caches()? {
             return Ok(true);
         }
         for name in CACHED {
@@ -296,6 +293,19 @@ impl State {
         }
         self.adopt_caches()?;
         Ok(false)
+    }
+
+    /// Whether the process that led last, and may still lead, has written the caches in the data directory.
+    ///
+    /// # Errors
+    /// When they, or the state, cannot be read.
+    pub fn has_current_caches(&self) -> io::Result<bool> {
+        if self.secrets.is_none() {
+            return Ok(true);
+        }
+        let own = found(std::fs::read_to_string(self.data.join(CACHES_ID)))?.unwrap_or_default();
+        let last = self.read(CACHES)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        Ok(!own.is_empty() && last == Some(own))
     }
 
     /// From now on, the caches in the data directory are those of the process that led last.

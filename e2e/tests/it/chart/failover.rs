@@ -1,5 +1,6 @@
 //! Two members of a cluster: one takes the place of the other, also without its files, and goes on without the API server.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -82,6 +83,14 @@ impl Files {
     pub fn run(&self, arguments: &[&str]) -> String {
         let mut command = Command::new(crate::system::programs().join("hanse-member"));
         success(command.args(arguments).arg("--data").arg(&self.0), "")
+    }
+
+    /// The error of a command that fails.
+    pub fn fail(&self, arguments: &[&str]) -> String {
+        let mut command = Command::new(crate::system::programs().join("hanse-member"));
+        let output = super::output(command.args(arguments).arg("--data").arg(&self.0), "");
+        assert!(!output.status.success(), "{arguments:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
     /// Writes the member's own files into a directory, as those of a member that runs without Secrets.
@@ -266,18 +275,20 @@ async fn goes_on_without_api_server(east: &mut East, hub: &Pod, web: &Pod, clien
     let before = leads(east).await;
     east.server.kill().expect("it is killed");
     let start = Instant::now();
-    let mut is_reported = false;
+    let objects = ["the Lease of the member", "the EndpointSlice of the Service of agents"];
+    let mut reported = BTreeSet::new();
     while start.elapsed() < OUTAGE {
         let status = east.status(hub);
         assert_eq!(status["connected"], true, "after {:?}: {status:#}", start.elapsed());
-        is_reported |= status.to_string().contains("the Lease of the member");
+        reported.extend(objects.iter().filter(|it| status.to_string().contains(**it)));
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
-    let reported = until(PATIENCE, async || {
-        is_reported |= east.status(hub).to_string().contains("the Lease of the member");
-        is_reported
+    let all = until(PATIENCE, async || {
+        let status = east.status(hub).to_string();
+        reported.extend(objects.iter().filter(|it| status.contains(**it)));
+        reported.len() == objects.len()
     });
-    assert!(reported.await.is_some(), "status names the Lease: {:#}", east.status(hub));
+    assert!(all.await.is_some(), "status names what is not written: {:#}", east.status(hub));
     east.server.start_again().await.expect("it is ready again");
     let start = Instant::now();
     let applied = until(PATIENCE, async || {
@@ -287,8 +298,11 @@ async fn goes_on_without_api_server(east: &mut East, hub: &Pod, web: &Pod, clien
     assert!(applied.await.is_some(), "the API server accepts a policy");
     east.until_observed(web, std::slice::from_ref(client), Observed::Closed).await;
     println!("a policy changed packets {:?} after the API server was back", start.elapsed());
-    let settled = until(PATIENCE, async || !east.status(hub).to_string().contains("the Lease of the member"));
-    assert!(settled.await.is_some(), "the Lease is renewed: {:#}", east.status(hub));
+    let settled = until(PATIENCE, async || {
+        let status = east.status(hub).to_string();
+        !objects.iter().any(|it| status.contains(it))
+    });
+    assert!(settled.await.is_some(), "both are written: {:#}", east.status(hub));
     assert_eq!(leader(east).await.map(|it| it.uid()), Some(before.uid()), "the leader has not changed");
     east.kubectl(&["--namespace", "default", "delete", "networkpolicy", "client"], "");
     east.until_observed(web, std::slice::from_ref(client), Observed::Open).await;

@@ -280,6 +280,11 @@ async fn taints_new_nodes(east: &mut East, fabric: &Fabric, late: &Node) {
         }
     });
     assert!(settled.await.is_ok(), "tainted and then not: {steps:?}\n{}", east.logs());
+    // Clouds set the taints of a group of nodes also on nodes that run.
+    east.kubectl(&["taint", "nodes", &late.name, "hanse.dev/agent-not-ready=:NoSchedule"], "");
+    let node = async || nodes.get(&late.name).await.expect("the node");
+    let freed = until(PATIENCE, async || !has_taint(&node().await)).await;
+    assert!(freed.is_some(), "{}", east.logs());
     east.ready_component("agent", AGENTS).await;
 }
 
@@ -401,6 +406,12 @@ async fn is_named((group, resource, verb, name): &Right, process: &Process) {
     };
     let found = until(PATIENCE, async || log().lines().any(is_named)).await;
     assert!(found.is_some(), "without it, nothing says: {named} {name:?}\n{}", log());
+    // What the member reads itself, and its state, are in its report at once; what only other programs read when it fails for a while.
+    if let ("nodes" | "endpointslices", "patch" | "create") = (resource.as_str(), verb.as_str()) {
+        let is_reported = |line: &str| line.contains("object not written") && line.contains(&named);
+        let reported = until(PATIENCE, async || log().lines().any(is_reported)).await;
+        assert!(reported.is_some(), "it is not reported: {named} {name:?}\n{}", log());
+    }
     let other = log()
         .lines()
         .find(|it| it.contains(" cannot ") && it.contains("forbidden") && !it.contains(&named))

@@ -192,7 +192,8 @@ impl Running {
                 return said_no;
             }
             said_no = true;
-            assert!(start.elapsed() < PATIENCE, "{what}: {has_arrived}: {policy:#}\n{}", self.east.logs());
+            // After several changes, a status is written once a minute.
+            assert!(start.elapsed() < PATIENCE * 2, "{what}: {has_arrived}: {policy:#}\n{}", self.east.logs());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }

@@ -86,6 +86,8 @@ pub async fn forgets(east: &East, from: &Pod, pod: &Pod) {
     let files = Files::at(east, "forgetting");
     assert!(files.run(&["forget"]).contains("globalnetworkpolicies.projectcalico.org/keep"));
     files.run(&["forget", "--all"]);
+    let refused = files.fail(&["flows"]);
+    assert!(refused.contains("another member of the cluster leads"), "{refused}");
     east.until_observed(from, std::slice::from_ref(pod), Observed::Open).await;
 }
 

@@ -76,6 +76,8 @@ pub struct SourceNodes {
     nodes: PodRanges,
     /// Those on which no agent is to run.
     without_agent: BTreeSet<Arc<str>>,
+    /// Those with the taint of nodes whose agents have no rules.
+    tainted: BTreeSet<Arc<str>>,
     /// False if they are from an earlier process.
     read: bool,
 }
@@ -151,7 +153,7 @@ impl Fanout {
         let keys = Arc::new(Nodes::new(&state));
         keys.reload().map_err(FanoutError::Nodes)?;
         let nodes = Arc::new(keys.read_source_nodes().unwrap_or_default());
-        let source = SourceNodes { nodes, without_agent: BTreeSet::new(), read: false };
+        let source = SourceNodes { nodes, without_agent: BTreeSet::new(), tainted: BTreeSet::new(), read: false };
         let source = watch::Sender::new(source);
         let shared = Shared {
             term,
@@ -192,13 +194,14 @@ impl Fanout {
     }
 
     /// Sets the nodes of the source with their pod ranges, which a node receives when it enrols. On those in `without_agent`, no agent is
-    /// to run.
+    /// to run; those in `tainted` have the taint of nodes whose agents have no rules.
     pub fn set_source_nodes(
         &self,
         nodes: impl Iterator<Item = (Arc<str>, Vec<IpNet>)>,
         without_agent: BTreeSet<Arc<str>>,
+        tainted: BTreeSet<Arc<str>>,
     ) {
-        let source = SourceNodes { nodes: Arc::new(nodes.collect()), without_agent, read: true };
+        let source = SourceNodes { nodes: Arc::new(nodes.collect()), without_agent, tainted, read: true };
         if *self.shared.source.borrow() != source {
             let written = self.shared.keys.write_source_nodes(&source.nodes);
             if let Some(writes) = &self.shared.writes {
@@ -260,13 +263,18 @@ impl Fanout {
         self.nodes().iter().map(|(name, node)| (Arc::clone(name), status(name, node))).collect()
     }
 
+    /// Why tokens of agents could not be reviewed, if that is so.
+    pub fn review_failure(&self) -> Option<String> {
+        self.shared.reviewer.as_ref()?.failure()
+    }
+
     /// Whether the source has been read.
     pub fn has_source_nodes(&self) -> bool {
         self.shared.source.borrow().read
     }
 
-    /// The nodes of the source, and whether each has rules. Empty until the source has been read.
-    pub fn readiness(&self) -> BTreeMap<Arc<str>, Readiness> {
+    /// The nodes of the source, whether each has rules, and whether it has the taint. Empty until the source has been read.
+    pub fn readiness(&self) -> BTreeMap<Arc<str>, (Readiness, bool)> {
         let source = self.shared.source.borrow();
         let nodes = self.nodes();
         let readiness = |name: &Arc<str>| {
@@ -280,7 +288,7 @@ impl Fanout {
             }
         };
         let names = source.nodes.keys().filter(|_| source.read);
-        names.map(|name| (Arc::clone(name), readiness(name))).collect()
+        names.map(|name| (Arc::clone(name), (readiness(name), source.tainted.contains(name)))).collect()
     }
 
     /// Changes whenever nodes of the source are added, removed or changed.

@@ -204,7 +204,11 @@ async fn enrolment_of_a_new_node_waits_for_the_source() {
     let range: IpNet = "10.1.0.0/24".parse().expect("a net");
     let start = || Fanout::new(folder.path(), HOUR).expect("a term");
     let know = |fanout: &Fanout, nodes: &[&str]| {
-        fanout.set_source_nodes(nodes.iter().map(|node| ((*node).into(), vec![range])), BTreeSet::new());
+        fanout.set_source_nodes(
+            nodes.iter().map(|node| ((*node).into(), vec![range])),
+            BTreeSet::new(),
+            BTreeSet::new(),
+        );
     };
     know(&start(), &["old"]);
     let fanout = start();
