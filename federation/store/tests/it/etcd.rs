@@ -238,3 +238,31 @@ async fn a_request_that_etcd_limits_more_is_refused_with_its_reason() {
     assert!(error.contains("too large"), "{error}");
     put(&*store, "small", "").await;
 }
+
+#[tokio::test]
+async fn a_full_etcd_refuses_changes_and_answers_questions_until_there_is_room() {
+    let nodes = nodes::Nodes::start_with(&["--quota-backend-bytes", "4194304"].map(str::to_owned), false).await;
+    let store = create(&nodes.url()).await.unwrap();
+    put(&*store, "small", "kept").await;
+    let mut last = 0;
+    let error = loop {
+        match store.commit(Transaction::default().put(key(&["k", "large"]), vec![0; 200_000])).await {
+            Ok(Outcome::Committed(revision)) => last = revision,
+            Ok(Outcome::Conflict) => panic!("no condition"),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(&error, StoreError::Full(text) if text.contains("disarm its alarm")), "{error}");
+    assert_eq!(store.list(&prefix(&["k"])).await.unwrap().entries.len(), 2, "it can be read");
+    compact(&nodes, last).await;
+    for number in 0..3 {
+        client(&nodes, number, etcd_client::ConnectOptions::new()).await.defragment().await.unwrap();
+    }
+    let mut administrator = client(&nodes, 0, etcd_client::ConnectOptions::new()).await;
+    let (action, kind) = (etcd_client::AlarmAction::Deactivate, etcd_client::AlarmType::Nospace);
+    for alarm in administrator.alarm(etcd_client::AlarmAction::Get, kind, None).await.unwrap().alarms() {
+        let options = etcd_client::AlarmOptions::new().with_member(alarm.member_id());
+        administrator.alarm(action, kind, Some(options)).await.unwrap();
+    }
+    put(&*store, "small", "changed").await;
+}
