@@ -40,6 +40,7 @@ pub const REVIEWS_REPORTED_AS: &str = "reviews of the tokens of agents";
 const REVIEW_REPORTED_FOR: Duration = Duration::from_secs(600);
 
 /// Reports whether an object of the API server, which other programs read, can be written.
+#[derive(Debug)]
 pub struct Reported {
     writes: Writes,
     object: &'static str,

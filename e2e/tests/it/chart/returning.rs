@@ -77,7 +77,10 @@ pub async fn deletes_a_kind(east: &East, hub: &Pod, from: &Pod) -> Pod {
 /// The member that leads keeps the policy, and reports it.
 pub async fn is_kept(east: &East, hub: &Pod) {
     let text = "1 object kept in force (globalnetworkpolicies.projectcalico.org/keep)";
-    let reported = until(PATIENCE, async || east.status(hub).to_string().contains(text));
+    let reported = until(PATIENCE, async || {
+        let status = east.status(hub);
+        status["connected"] == true && status.to_string().contains(text)
+    });
     assert!(reported.await.is_some(), "{:#}\n{}", east.status(hub), east.logs());
 }
 

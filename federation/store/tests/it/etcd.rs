@@ -261,7 +261,8 @@ async fn a_full_etcd_refuses_changes_and_answers_questions_until_there_is_room()
     let mut administrator = client(&nodes, 0, etcd_client::ConnectOptions::new()).await;
     let (action, kind) = (etcd_client::AlarmAction::Deactivate, etcd_client::AlarmType::Nospace);
     for alarm in administrator.alarm(etcd_client::AlarmAction::Get, kind, None).await.unwrap().alarms() {
-        let options = etcd_client::AlarmOptions::new().with_member(alarm.member_id());
+        let mut options = etcd_client::AlarmOptions::new();
+        options.with_member(alarm.member_id());
         administrator.alarm(action, kind, Some(options)).await.unwrap();
     }
     put(&*store, "small", "changed").await;
