@@ -20,6 +20,22 @@ pub const OPERATOR_LEASE: &str = "hanse-hub-operator";
 /// Programs that write the status of workloads, or restart them.
 const CONTROLLERS: [&str; 2] = ["kube-controller-manager", "kubectl-rollout"];
 
+/// The operator withdraws a policy when the policy is deleted, and not when its definition is. Kinds have full names here: on OpenShift,
+/// `mc` is also a MachineConfig.
+const REMOVAL_OF_CUSTOM_RESOURCES: [&str; 4] = [
+    "if the ClusterSet has custom resources, delete its policies and tiers while the hub runs: `kubectl delete \
+     federatednetworkpolicies.hanse.dev,stagedfederatednetworkpolicies.hanse.dev --all`, then `kubectl delete \
+     federatednetworksets.hanse.dev,tiers.hanse.dev --all`. Each command waits until its objects are gone; in a tier with requireApproval, \
+     deletions wait for approvals",
+    "wait until `hanse status` shows that each cluster that still has agents enforces the revision of the hub: a cluster that is removed \
+     before keeps the policies that it has received",
+    "remove the clusters, which revokes them, and the settings: `kubectl delete clusterjointokens.hanse.dev,memberclusters.hanse.dev --all`, \
+     then `kubectl delete clustersets.hanse.dev --all`",
+    "when all of these objects are gone, delete the definitions: `kubectl delete --ignore-not-found $(kubectl get crd -o name | grep \
+     '\\.hanse\\.dev$')`. If only the definitions are deleted, the policies stay in force in all clusters. Without a hub, the finalizer \
+     hanse.dev/operator has to be removed from each object by hand",
+];
+
 /// The workloads of a release, and what applied them.
 #[derive(Debug)]
 pub struct Managed {
@@ -191,12 +207,7 @@ impl Managed {
             ));
         }
         if self.has_hub {
-            steps.push(
-                "if the ClusterSet has custom resources, delete them with their definitions while the hub runs, which removes the policies \
-                 of all clusters: `kubectl delete $(kubectl get crd -o name | grep '\\.hanse\\.dev$')`; without a hub, the finalizer \
-                 hanse.dev/operator has to be removed from each object by hand"
-                    .to_owned(),
-            );
+            steps.extend(REMOVAL_OF_CUSTOM_RESOURCES.map(str::to_owned));
         }
         steps.push("delete the objects of the release with that program".to_owned());
         let delete = format!("kubectl --namespace {namespace} delete --ignore-not-found");
@@ -281,6 +292,25 @@ mod tests {
                 assert!(text.contains(step), "{step}: {text}");
             }
         }
+    }
+
+    /// With its definition, an object is deleted without the policies in force, and a cluster that is removed first keeps them.
+    #[test]
+    fn objects_are_deleted_before_their_definitions() {
+        let text = release(json!({})).removal();
+        let order = [
+            "kubectl delete federatednetworkpolicies.hanse.dev,stagedfederatednetworkpolicies.hanse.dev --all`",
+            "kubectl delete federatednetworksets.hanse.dev,tiers.hanse.dev --all`",
+            "`hanse status`",
+            "kubectl delete clusterjointokens.hanse.dev,memberclusters.hanse.dev --all`",
+            "kubectl delete clustersets.hanse.dev --all`",
+            "kubectl delete --ignore-not-found $(kubectl get crd -o name | grep '\\.hanse\\.dev$')`",
+            "delete the objects of the release",
+        ];
+        let found = order.map(|it| text.find(it).unwrap_or_else(|| panic!("{it}: {text}")));
+        assert!(found.is_sorted(), "{text}");
+        let without_hub = Managed { has_hub: false, ..release(json!({})) }.removal();
+        assert!(!without_hub.contains("hanse.dev --all"), "{without_hub}");
     }
 
     #[test]
