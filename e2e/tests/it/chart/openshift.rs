@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use super::installed::rights;
-use super::{list, pods, rendered, value_sets};
+use super::{list, pods, rendered, set, value_sets};
 
 /// On OpenShift, each pod has constraints of its own, which allow what it requests and no other privilege.
 #[test]
@@ -68,4 +68,31 @@ fn openshift_allows_what_pods_request_and_no_more() {
             assert_eq!(binding["subjects"][0]["name"], json!(account), "{at}");
         }
     }
+}
+
+/// DNS pods of OpenShift listen on 5353, and egress is evaluated after the address of their Service was translated.
+#[test]
+fn dns_is_permitted_where_pods_of_openshift_listen() {
+    let mut rules = [0, 0];
+    for (name, values) in value_sets() {
+        for is_openshift in [false, true] {
+            for policy in rendered(&set(values.clone(), "openshift", json!({"enabled": is_openshift}))) {
+                if policy["kind"] != "NetworkPolicy" {
+                    continue;
+                }
+                for rule in list(&policy["spec"], "egress") {
+                    let permits = |port: u16| {
+                        ["UDP", "TCP"]
+                            .map(|it| list(rule, "ports").any(|at| *at == json!({"port": port, "protocol": it})))
+                    };
+                    let dns = permits(53);
+                    let expected = if is_openshift { dns } else { [false; 2] };
+                    assert_eq!(permits(5353), expected, "{name}: {}: {is_openshift}", policy["metadata"]["name"]);
+                    rules[usize::from(is_openshift)] += usize::from(dns == [true; 2]);
+                }
+            }
+        }
+    }
+    // Of the member in the network of pods, and of the hub with its store on etcd.
+    assert!(rules[0] >= 2 && rules[0] == rules[1], "{rules:?}");
 }
