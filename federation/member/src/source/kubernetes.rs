@@ -134,7 +134,7 @@ impl Kubernetes {
                 kept = self.missing.kept,
                 definitions = gone.join(", "),
                 "objects whose CustomResourceDefinition was deleted were in force, and are not stored: nodes keep their rules; create the \
-                 definition and the objects that are needed again, and run `hanse-member forget --all`"
+                 definition and the objects that are needed again, and run `hanse-member forget --all --data DIR`"
             );
             self.is_missing_logged = true;
         }
