@@ -175,13 +175,18 @@ pub fn target_name(kind: ObjectKind, name: &str) -> String {
 }
 
 pub fn api(client: &Client, kind: &str) -> Api<DynamicObject> {
-    let plural = match kind {
+    let plural = plural(kind);
+    let kind = GroupVersionKind::gvk("hanse.dev", "v1alpha1", kind);
+    Api::all_with(client.clone(), &ApiResource::from_gvk_with_plural(&kind, plural))
+}
+
+/// The resource of a kind of which changes are approved.
+pub fn plural(kind: &str) -> &'static str {
+    match kind {
         "FederatedNetworkPolicy" => "federatednetworkpolicies",
         "Tier" => "tiers",
         _ => "policyapprovals",
-    };
-    let kind = GroupVersionKind::gvk("hanse.dev", "v1alpha1", kind);
-    Api::all_with(client.clone(), &ApiResource::from_gvk_with_plural(&kind, plural))
+    }
 }
 
 /// How long the hub may take to read the newest version of the object.

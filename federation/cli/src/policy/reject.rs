@@ -2,12 +2,14 @@
 //! hub is not involved, and what it enforces does not change at any moment.
 
 use anyhow::{Context as _, bail};
+use hanse_api::hanse::GROUP;
 use hanse_kubernetes::answered;
+use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
 
-use super::approve::{Pending, api, read};
+use super::approve::{Pending, api, plural, read};
 
 /// While an object has it, its deletion waits for the hub.
 const FINALIZER: &str = "hanse.dev/operator";
@@ -30,7 +32,7 @@ pub async fn at_management(
     let api = api(client, kind);
     match (&pending.before, pending.is_deletion) {
         (Value::Null, _) => withdraw(&api, &pending).await,
-        (in_force, true) => keep(&api, kind, &pending, in_force).await,
+        (in_force, true) => keep(client, kind, &pending, in_force).await,
         (in_force, false) => restore(&api, &pending, in_force).await,
     }
 }
@@ -61,13 +63,8 @@ async fn restore(api: &Api<DynamicObject>, pending: &Pending, in_force: &Value) 
 
 /// Replaces an object that is being deleted by a new one with the version in force. Kubernetes cannot revoke a deletion: the old object
 /// ends without the hub, which keeps what is in force, and the new one is what the hub has already.
-async fn keep(
-    api: &Api<DynamicObject>,
-    kind: &str,
-    pending: &Pending,
-    in_force: &Value,
-) -> anyhow::Result<&'static str> {
-    let old = &pending.object;
+async fn keep(client: &Client, kind: &str, pending: &Pending, in_force: &Value) -> anyhow::Result<&'static str> {
+    let (api, old) = (api(client, kind), &pending.object);
     let name = old.name_any();
     if let Some(other) = old.finalizers().iter().find(|it| *it != FINALIZER) {
         bail!("metadata.finalizers: {kind}/{name} waits for {other}, too: remove it first");
@@ -75,13 +72,20 @@ async fn keep(
     let mut new: DynamicObject = serde_json::from_value(in_force.clone()).context("read the version in force")?;
     new.metadata.annotations.clone_from(&old.metadata.annotations);
     let create = |dry_run| PostParams { dry_run, field_manager: Some(FIELD_MANAGER.to_owned()) };
-    // Where the user may not create it, nothing is changed. The name is still taken.
+    // Where the user may not create it, nothing is changed. The name is still taken. For a tier, the webhook requires no other right than
+    // that of the API server.
     if kind == "FederatedNetworkPolicy" {
         let mut tried = new.clone();
         tried.metadata.name = None;
         tried.metadata.generate_name = Some("reject-".to_owned());
         let allowed = answered(api.create(&create(true), &tried)).await;
         allowed.with_context(|| format!("create {name} again, as a dry run"))?;
+    } else if !may_create(client, kind).await? {
+        bail!(
+            "{kind}/{name} has to be created again, and the user of the kubeconfig needs the verb \"create\" on {}.{GROUP}; nothing was \
+             changed",
+            plural(kind)
+        );
     }
     // Only of this version: an approval may have deleted it meanwhile.
     let released =
@@ -95,6 +99,23 @@ async fn keep(
         )
     })?;
     Ok("it stays in force, as a new object with the version in force")
+}
+
+/// Whether the API server permits the user to create objects of a kind. An answer that is missing is a refusal.
+async fn may_create(client: &Client, kind: &str) -> anyhow::Result<bool> {
+    let attributes = ResourceAttributes {
+        group: Some(GROUP.to_owned()),
+        resource: Some(plural(kind).to_owned()),
+        verb: Some("create".to_owned()),
+        ..ResourceAttributes::default()
+    };
+    let spec =
+        SelfSubjectAccessReviewSpec { resource_attributes: Some(attributes), ..SelfSubjectAccessReviewSpec::default() };
+    let review = SelfSubjectAccessReview { spec, ..SelfSubjectAccessReview::default() };
+    let api: Api<SelfSubjectAccessReview> = Api::all(client.clone());
+    let reviewed = answered(api.create(&PostParams::default(), &review)).await;
+    let reviewed = reviewed.with_context(|| format!("review whether the user may create {}.{GROUP}", plural(kind)))?;
+    Ok(reviewed.status.is_some_and(|it| it.allowed))
 }
 
 fn labels(manifest: &Value) -> anyhow::Result<Option<std::collections::BTreeMap<String, String>>> {
