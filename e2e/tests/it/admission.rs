@@ -63,8 +63,8 @@ fn client_authority(folder: &Path) -> Options {
     Options::new("management").argument(&format!("--admission-control-config-file={}", file.display()))
 }
 
-/// Users: all may write policies, as far as RBAC on the kinds goes. `ada` and `bob` may use the tiers `platform` and `strict`, `bob` and
-/// `eve` may approve in `strict`, and `mallory` may use `other`.
+/// Users: all but `carol` may write policies, as far as RBAC on the kinds goes. `ada` and `bob` may use the tiers `platform` and `strict`,
+/// `bob` and `eve` may approve in `strict`, and `mallory` may use `other`. `carol` may change and delete tiers, and not create them.
 const USERS: &str = "apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: writer}
@@ -86,13 +86,19 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: approver}
 rules: [{apiGroups: [hanse.dev], resources: [tiers], resourceNames: [strict], verbs: [approve]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: remover}
+rules: [{apiGroups: [hanse.dev], resources: [tiers], verbs: [get, list, update, patch, delete]}]
 ";
 
-const BINDINGS: [(&str, &[&str]); 4] = [
+const BINDINGS: [(&str, &[&str]); 5] = [
     ("writer", &["ada", "bob", "eve", "mallory"]),
     ("author", &["ada", "bob"]),
     ("other-author", &["mallory"]),
     ("approver", &["bob", "eve"]),
+    ("remover", &["carol"]),
 ];
 
 fn binding(role: &str) -> String {

@@ -232,3 +232,26 @@ fn changes_wait_for_another_user() {
         assert_eq!(world.forbidden(), Vec::<String>::new());
     });
 }
+
+/// A tier that is being deleted is created again. What the user may not create is not released.
+#[test]
+fn deletion_of_a_tier_is_rejected_by_users_who_may_create_it() {
+    run(async {
+        let world = World::start(86_400).await;
+        let object = "tiers.hanse.dev/strict";
+        world.apply("", &tier("strict", STRICT));
+        world.accepted(object).await;
+        let uid = world.uid(object);
+        assert!(world.kubectl("bob", &["delete", "--wait=false", object]).0);
+        world.until_condition(object, "Terminating", "True", "PendingApproval").await;
+        let (success, text) = world.reject("carol", "tier/strict");
+        assert!(!success && text.contains("needs the verb \"create\" on tiers.hanse.dev"), "{text}");
+        let finalizers = world.kubectl("", &["get", object, "-o", "jsonpath={.metadata.finalizers}"]).1;
+        assert!(world.uid(object) == uid && finalizers.contains("hanse.dev/operator"), "{finalizers}");
+        let (success, text) = world.reject("ada", "tier/strict");
+        assert!(success && text.contains("as a new object"), "{text}");
+        assert_ne!(world.uid(object), uid);
+        world.until_condition(object, "Approved", "True", "Approved").await;
+        assert_eq!(world.in_force("tier", "strict")["spec"]["requireApproval"], true);
+    });
+}
