@@ -192,7 +192,8 @@ impl Monitor {
         let (key, answer) = ((task, object.to_owned()), clipped(answer));
         if let Some(failure) = observed.failures.get_mut(&key) {
             (failure.last, failure.answer) = (Instant::now(), answer);
-        } else if observed.failures.len() < MAX_FAILURES {
+        } else if observed.failures.len() < MAX_FAILURES || !observed.failures.keys().any(|(of, _)| *of == task) {
+            // Many objects of one task do not hide another task.
             observed.failures.insert(key, Failure { since: now(), last: Instant::now(), answer });
         }
     }

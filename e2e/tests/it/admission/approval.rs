@@ -123,6 +123,12 @@ fn changes_wait_for_another_user() {
             },
         });
         world.apply_refused("eve", &stale.to_string(), "has changed since");
+        // Names become paths of requests of the hub.
+        for name in ["?watch=1", "web/status", ".."] {
+            let mut odd = stale.clone();
+            odd["spec"]["name"] = json!(name);
+            world.apply_refused("eve", &odd.to_string(), "spec.name");
+        }
 
         // A move out of the tier waits as well, and a deletion does.
         let moved = policy("web", &deny("other"));

@@ -80,6 +80,25 @@ fn nothing_opens_without_a_webhook() {
         };
         world.until("status names the removal of the certificate", is_named).await;
         world.until("it is repaired", || world.try_apply("ada", &changed).0).await;
+        // One that removes everything, and claims a later revision, leaves nothing that is checked.
+        let configuration = ["patch", "validatingwebhookconfiguration", "hanse-hub", "--type=merge", "-p"];
+        let revision = |value: &str| json!({"metadata": {"annotations": {"hanse.dev/webhooks-revision": value}}});
+        let mut emptied = revision("4000000000");
+        emptied["webhooks"] = json!([]);
+        assert!(world.kubectl("", &[&configuration[..], &[&emptied.to_string()]].concat()).0);
+        world.until_condition(TIER, "Admission", "False", "ConfigurationNotWritten").await;
+        let shown = problem(&status());
+        assert!(shown["message"].to_string().contains("contains no webhook"), "{shown}");
+        assert!(world.kubectl("", &[&configuration[..], &[&revision("0").to_string()]].concat()).0);
+        world
+            .until("it is repaired", || {
+                world
+                    .kubectl("", &["get", "validatingwebhookconfiguration", "hanse-hub", "-o", "yaml"])
+                    .1
+                    .contains("caBundle")
+            })
+            .await;
+        world.until("it is accepted again", || world.try_apply("ada", &changed).0).await;
 
         // An API server without a certificate of the authority is refused: it cannot send a review, and nothing is written.
         let clients = world.folder.path().join("clients.pem");

@@ -190,7 +190,7 @@ pub fn plural(kind: &str) -> &'static str {
 }
 
 /// How long the hub may take to read the newest version of the object.
-const READ_WITHIN: Duration = Duration::from_secs(10);
+pub const READ_WITHIN: Duration = Duration::from_secs(10);
 
 /// The change of an object that waits.
 pub async fn read(client: &Client, kind: &'static str, name: String) -> anyhow::Result<Pending> {
@@ -220,8 +220,14 @@ async fn read_once(client: &Client, kind: &'static str, name: String) -> anyhow:
     let Some(condition) = approved.filter(|it| it["status"] == "False") else {
         bail!("no change of {what} waits for an approval");
     };
-    let in_force = status["pendingChange"]["inForce"].as_str().unwrap_or_default();
-    let before = serde_json::from_str(in_force).unwrap_or(Value::Null);
+    let in_force = status["pendingChange"]["inForce"].as_str();
+    let in_force = in_force.with_context(|| format!("{what}: status.pendingChange.inForce is missing"))?;
+    let before = match in_force {
+        "" => Value::Null,
+        manifest => {
+            serde_json::from_str(manifest).with_context(|| format!("{what}: read status.pendingChange.inForce"))?
+        }
+    };
     let is_deletion = object.metadata.deletion_timestamp.is_some();
     let written = manifest(kind, &object);
     let (digest, after) = match is_deletion {

@@ -1,6 +1,8 @@
 //! How a pending change of a custom resource is dropped: the object becomes again what is in force, with the rights of the caller. The
 //! hub is not involved, and what it enforces does not change at any moment.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, bail};
 use hanse_api::hanse::GROUP;
 use hanse_kubernetes::answered;
@@ -9,7 +11,7 @@ use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Pre
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
 
-use super::approve::{Pending, api, plural, read};
+use super::approve::{Pending, READ_WITHIN, api, plural, read};
 
 /// While an object has it, its deletion waits for the hub.
 const FINALIZER: &str = "hanse.dev/operator";
@@ -87,7 +89,7 @@ async fn keep(client: &Client, kind: &str, pending: &Pending, in_force: &Value) 
             plural(kind)
         );
     }
-    // Only of this version: an approval may have deleted it meanwhile.
+    // Only of this version.
     let released =
         json!({"metadata": {"uid": old.uid(), "resourceVersion": old.resource_version(), "finalizers": null}});
     let released = answered(api.patch(&name, &PatchParams::default(), &Patch::Merge(released))).await;
@@ -98,7 +100,35 @@ async fn keep(client: &Client, kind: &str, pending: &Pending, in_force: &Value) 
             "create {kind}/{name} again: it stays in force without its custom resource; apply this manifest: {in_force}"
         )
     })?;
+    confirm(&api, &name).await?;
     Ok("it stays in force, as a new object with the version in force")
+}
+
+/// Waits until the hub has read an object that was created again. An approval of the deletion may have come before it.
+async fn confirm(api: &Api<DynamicObject>, name: &str) -> anyhow::Result<()> {
+    let start = Instant::now();
+    loop {
+        let object = answered(api.get(name)).await.with_context(|| format!("read {name} again"))?;
+        let status = &object.data["status"];
+        let conditions = || status["conditions"].as_array().into_iter().flatten();
+        if status["observedGeneration"] == object.metadata.generation.unwrap_or_default()
+            && conditions().next().is_some()
+        {
+            let wrong = conditions()
+                .find(|it| ["Approved", "Accepted"].iter().any(|of| it["type"] == *of) && it["status"] == "False");
+            let Some(wrong) = wrong else { return Ok(()) };
+            bail!(
+                "{name} was created again, and is not in force: {}. The deletion was approved meanwhile",
+                wrong["message"].as_str().unwrap_or_default()
+            );
+        }
+        if start.elapsed() > READ_WITHIN {
+            bail!(
+                "{name} was created again, and the hub has not read it yet: see `kubectl get` for its condition Accepted"
+            );
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }
 
 /// Whether the API server permits the user to create objects of a kind. An answer that is missing is a refusal.

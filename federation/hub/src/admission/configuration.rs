@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use hanse_kubernetes::answered;
 use hanse_runtime::retry::Backoff;
 use k8s_openapi::ByteString;
@@ -160,7 +160,7 @@ pub fn webhooks(address: &Address) -> Vec<ValidatingWebhook> {
     }]
 }
 
-/// When another program removed the certificate of this hub from the configuration.
+/// When another program changed the configuration, or removed the certificate of this hub from it.
 #[derive(Debug, Default)]
 struct Overwritten(VecDeque<tokio::time::Instant>);
 
@@ -177,6 +177,13 @@ impl Overwritten {
         self.0.retain(|at| now.duration_since(*at) <= OVERWRITTEN_WITHIN);
         self.0.len()
     }
+}
+
+/// The webhooks without what hubs add for themselves.
+fn without_certificates(webhooks: Option<&Vec<ValidatingWebhook>>) -> Vec<ValidatingWebhook> {
+    let mut webhooks = webhooks.cloned().unwrap_or_default();
+    webhooks.iter_mut().for_each(|it| it.client_config.ca_bundle = None);
+    webhooks
 }
 
 fn has_certificate(found: &ValidatingWebhookConfiguration, pem: &str) -> bool {
@@ -265,7 +272,7 @@ impl Keeper {
         }
     }
 
-    /// Makes the configuration what it should be. True: another program had removed the certificate that is served.
+    /// Makes the configuration what it should be. True: another program had changed it, or removed the certificate that is served.
     async fn reconcile(&self) -> anyhow::Result<bool> {
         let now = SystemTime::now();
         let own = self.certificates.known(now)?;
@@ -280,11 +287,21 @@ impl Keeper {
             annotations.insert(REVISION_ANNOTATION.to_owned(), REVISION.to_string());
             wanted.webhooks = Some(webhooks(&self.address));
         }
+        if wanted.webhooks.as_ref().is_none_or(Vec::is_empty) {
+            bail!(
+                "{} contains no webhook, and its annotation {REVISION_ANNOTATION} is that of a later version: nothing is checked; remove the \
+                 annotation",
+                what()
+            );
+        }
         for webhook in wanted.webhooks.iter_mut().flatten() {
             webhook.client_config.ca_bundle = Some(ByteString(bundle.clone().into_bytes()));
         }
         let serving = self.certificates.serving().filter(|(end, _)| self.settled.is_cancelled() && *end > now);
-        let was_overwritten = serving.is_some_and(|(_, pem)| !has_certificate(&found, &pem));
+        // Of the same revision, no hub writes anything else.
+        let is_other = revision == REVISION
+            && without_certificates(found.webhooks.as_ref()) != without_certificates(wanted.webhooks.as_ref());
+        let was_overwritten = serving.is_some_and(|(_, pem)| is_other || !has_certificate(&found, &pem));
         if wanted != found {
             let replaced = answered(self.api.replace(&self.name, &PostParams::default(), &wanted)).await;
             replaced.with_context(|| format!("write {}", what()))?;
@@ -298,9 +315,9 @@ impl Keeper {
             Ok(()) if overwritten >= MAX_OVERWRITTEN => State::Failing {
                 reason: "ConfigurationOverwritten",
                 message: format!(
-                    "another program removed the certificate of this hub from caBundle of the ValidatingWebhookConfiguration {} \
-                     {overwritten} times within {} minutes, and API servers refuse writes until the hub repairs it: exclude caBundle from \
-                     what that program manages",
+                    "another program changed the webhooks or the caBundle of the ValidatingWebhookConfiguration {} {overwritten} times \
+                     within {} minutes; until the hub repairs them, API servers refuse writes, or check nothing: exclude them from what that \
+                     program manages",
                     self.name,
                     OVERWRITTEN_WITHIN.as_secs() / 60
                 ),

@@ -54,6 +54,8 @@ const REVIEWS_AT_ONCE: f64 = 1_000.0;
 const TRY_AGAIN: Duration = Duration::from_millis(50);
 /// API servers give up after 8 s.
 const REVIEW_WITHIN: Duration = Duration::from_secs(7);
+/// A review that has begun is decided within this part of that time, or reported.
+const DECIDED_WITHIN: Duration = Duration::from_millis(6_500);
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
 /// A connection is closed after this time, and at the end of the certificate that was served last.
 const CONNECTION_LIFETIME: Duration = Duration::from_secs(600);
@@ -166,6 +168,7 @@ async fn answer(shared: &Shared, source: IpAddr, request: Request<Incoming>) -> 
     if request.method() != Method::POST {
         return plain(StatusCode::METHOD_NOT_ALLOWED, "a review is a POST");
     }
+    let decided_by = tokio::time::Instant::now() + DECIDED_WITHIN;
     let review = async {
         let mut buffer = shared.buffers.buffer(source);
         let arriving = tokio::time::timeout(ARRIVES_WITHIN, arrive(request.into_body(), &mut buffer)).await;
@@ -184,7 +187,10 @@ async fn answer(shared: &Shared, source: IpAddr, request: Request<Incoming>) -> 
         let Ok(_place) = shared.reviews.acquire().await else {
             return Err(plain(StatusCode::SERVICE_UNAVAILABLE, "the hub is stopping"));
         };
-        let answer = shared.reviewer.review(&body).await;
+        let Ok(answer) = tokio::time::timeout_at(decided_by, shared.reviewer.review(&body)).await else {
+            shared.reviewer.not_decided_in_time();
+            return Err(plain(StatusCode::SERVICE_UNAVAILABLE, "not decided in time"));
+        };
         answer.map_err(|_| plain(StatusCode::BAD_REQUEST, "not an AdmissionReview of admission.k8s.io/v1"))
     };
     match tokio::time::timeout(REVIEW_WITHIN, review).await {

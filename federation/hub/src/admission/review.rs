@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use hanse_api::federated::FederatedObject;
+use hanse_identity::spiffe::check_subdomain;
 use hanse_kubernetes::{answered, change};
 use k8s_openapi::api::authentication::v1::UserInfo;
 use kube::api::{ApiResource, DynamicObject};
@@ -162,6 +163,14 @@ impl Reviewer {
         serde_json::to_vec(&Answer { api_version: "admission.k8s.io/v1", kind: "AdmissionReview", response })
     }
 
+    /// A review had no answer within the time that API servers wait.
+    pub(super) fn not_decided_in_time(&self) {
+        let why = "reviews of changes were not decided in time: the API server, or a webhook for authorization, answers slowly";
+        warn!("{why}");
+        self.metrics.count_review("undecided");
+        self.monitor.refused(Task::Review, "", why);
+    }
+
     /// Whether a request is allowed, with warnings for its author.
     async fn decide(&self, request: &Request) -> Result<Vec<String>, Refusal> {
         let GroupVersionKind { group, version, kind } = &request.kind;
@@ -310,6 +319,8 @@ impl Reviewer {
             Some(kind @ Kind::Tier) => (kind, ApiResource::erase::<Tier>(&())),
             _ => return Err(invalid(format!("spec.kind: changes of {} need no approval", spec.kind))),
         };
+        // It becomes a part of a path: other characters would make another request, with the rights of the hub.
+        check_subdomain(&spec.name).map_err(|error| invalid(format!("spec.name: {error}")))?;
         let id = ObjectId { kind, name: spec.name.as_str().into() };
         let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
         let object = answered(api.get_opt(&spec.name)).await;

@@ -30,8 +30,7 @@ impl Location {
             Self::Directory(path) => Ok(LastGood::new(Box::new(Directory::new(path)), kept)),
             Self::Kubernetes(access) => {
                 let Earlier { texts, missing } = earlier(state)?;
-                // A process with caches of its own knows what was in force.
-                let missing = if kept.is_whole() { Missing::default() } else { missing };
+                let missing = if kept.is_whole() { unknown_to(&kept, missing) } else { missing };
                 let source = Kubernetes::new(access.clone(), state)?.with_missing(missing);
                 // Its caches may lack what it could not write.
                 let texts = texts.into_iter().map(|(origin, text)| (Path::new(&origin).into(), text.into_bytes()));
@@ -39,4 +38,16 @@ impl Location {
             }
         }
     }
+}
+
+/// What caches that are whole do not contain: they may be older than the state, where they could not be written. A process knows the
+/// objects of each definition that they name.
+fn unknown_to(kept: &Kept, missing: Missing) -> Missing {
+    let mut definitions = missing.definitions;
+    if !definitions.is_empty() {
+        for origin in kept.origins() {
+            definitions.retain(|definition| !origin.starts_with(definition));
+        }
+    }
+    Missing { kept: 0, definitions }
 }
