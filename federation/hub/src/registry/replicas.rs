@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hanse_store::{LeaseId, StoreError, Transaction};
+use serde::Serialize;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 use super::records::{OperatorRecord, ReplicaRecord};
 use super::{ChangeError, Registry, key, records};
@@ -22,50 +23,10 @@ const END_WITHIN: Duration = Duration::from_secs(2);
 impl Registry {
     /// Announces the addresses of this process until `stop`, under a name that no other process has.
     pub async fn announce(self, replica: Arc<str>, addresses: BTreeSet<String>, stop: CancellationToken) {
-        let mut lease: Option<LeaseId> = None;
-        while !stop.is_cancelled() {
-            match self.begin_or_renew_announcement(lease, &replica, &addresses).await {
-                Ok(current) => lease = Some(current),
-                // The probe of the store logs that it is unavailable.
-                Err(error) if self.unavailable_for().is_none() => {
-                    warn!(%error, "addresses of this hub not announced to members; trying again");
-                }
-                Err(_) => {}
-            }
-            tokio::select! {
-                () = stop.cancelled() => break,
-                () = tokio::time::sleep(if lease.is_some() { RENEW_EVERY } else { RENEW_EVERY / 5 }) => {}
-            }
-        }
-        if let Some(lease) = lease {
-            // Otherwise it ends by itself.
-            let _ = tokio::time::timeout(END_WITHIN, self.shared.store.end_lease(lease)).await;
-        }
+        let record = ReplicaRecord { addresses: addresses.into_iter().collect() };
+        self.keep(["hub", &replica], || record.clone(), stop).await;
     }
 
-    async fn begin_or_renew_announcement(
-        &self,
-        lease: Option<LeaseId>,
-        replica: &str,
-        addresses: &BTreeSet<String>,
-    ) -> Result<LeaseId, ChangeError> {
-        if let Some(lease) = lease {
-            match self.shared.store.renew_lease(lease).await {
-                // It ended while the store did not answer.
-                Err(StoreError::NoLease(_)) => {}
-                outcome => return self.checked(outcome).map(|()| lease),
-            }
-        }
-        let lease = self.checked(self.shared.store.grant_lease(ANNOUNCED_FOR).await)?;
-        let record = ReplicaRecord { addresses: addresses.iter().cloned().collect() };
-        let put = Transaction::default().put_with_lease(key(&["hub", replica])?, records::encode(&record), lease);
-        self.checked(self.shared.store.commit(put).await)?;
-        info!(?addresses, "addresses of this hub announced to members");
-        Ok(lease)
-    }
-}
-
-impl Registry {
     /// Keeps the state of the operator of this process in the store until `stop`. It is written when it differs.
     pub async fn report_operator(
         self,
@@ -73,35 +34,44 @@ impl Registry {
         state: impl Fn() -> OperatorRecord,
         stop: CancellationToken,
     ) {
-        let mut written: Option<(LeaseId, OperatorRecord)> = None;
+        self.keep(["operator", &identity], state, stop).await;
+    }
+
+    /// Keeps a record of this process in the store until `stop`. It ends with the process.
+    async fn keep<R: Serialize + PartialEq>(&self, name: [&str; 2], state: impl Fn() -> R, stop: CancellationToken) {
+        let mut written: Option<(LeaseId, R)> = None;
         while !stop.is_cancelled() {
             let state = state();
-            match self.write_operator(written.as_ref(), &identity, &state).await {
+            match self.renew_or_write(written.as_ref(), name, &state).await {
                 Ok(lease) => written = Some((lease, state)),
+                // The probe of the store logs that it is unavailable.
                 Err(error) if self.unavailable_for().is_none() => {
-                    warn!(%error, "state of the operator not written to the store; trying again");
+                    warn!(%error, record = name.join("/"), "record of this hub not written to the store; trying again");
                 }
                 Err(_) => {}
             }
             tokio::select! {
                 () = stop.cancelled() => break,
-                () = tokio::time::sleep(RENEW_EVERY) => {}
+                () = tokio::time::sleep(if written.is_some() { RENEW_EVERY } else { RENEW_EVERY / 5 }) => {}
             }
         }
         if let Some((lease, _)) = written {
+            // Otherwise it ends by itself.
             let _ = tokio::time::timeout(END_WITHIN, self.shared.store.end_lease(lease)).await;
         }
     }
 
-    async fn write_operator(
+    /// Renews the lease of a record, and writes the record where it differs from what was written, or has ended.
+    async fn renew_or_write<R: Serialize + PartialEq>(
         &self,
-        written: Option<&(LeaseId, OperatorRecord)>,
-        identity: &str,
-        state: &OperatorRecord,
+        written: Option<&(LeaseId, R)>,
+        name: [&str; 2],
+        state: &R,
     ) -> Result<LeaseId, ChangeError> {
         let mut lease = None;
         if let Some((current, before)) = written {
             match self.shared.store.renew_lease(*current).await {
+                // It ended while the store did not answer.
                 Err(StoreError::NoLease(_)) => {}
                 outcome => {
                     self.checked(outcome)?;
@@ -116,8 +86,9 @@ impl Registry {
             Some(lease) => lease,
             None => self.checked(self.shared.store.grant_lease(ANNOUNCED_FOR).await)?,
         };
-        let put = Transaction::default().put_with_lease(key(&["operator", identity])?, records::encode(state), lease);
+        let put = Transaction::default().put_with_lease(key(&name)?, records::encode(state), lease);
         self.checked(self.shared.store.commit(put).await)?;
+        debug!(record = name.join("/"), "record of this hub written to the store");
         Ok(lease)
     }
 }
@@ -170,8 +141,11 @@ mod tests {
         view.wait_for(|it| it.operators.get("hub-0").is_some_and(|it| **it == state)).await.unwrap();
         // It is not written again while it is the same.
         let revision = other.snapshot().revision;
-        let again = other.write_operator(None, "hub-1", &state).await.unwrap();
-        assert_eq!(other.write_operator(Some(&(again, state.clone())), "hub-1", &state).await.unwrap(), again);
+        let again = other.renew_or_write(None, ["operator", "hub-1"], &state).await.unwrap();
+        assert_eq!(
+            other.renew_or_write(Some(&(again, state.clone())), ["operator", "hub-1"], &state).await.unwrap(),
+            again
+        );
         view.wait_for(|it| it.operators.len() == 2).await.unwrap();
         assert_eq!(other.snapshot().revision, revision + 1);
         stop.cancel();
@@ -186,10 +160,14 @@ mod tests {
             .await
             .unwrap();
         let wanted = addresses(&["hub-0:1"]);
-        let lease = registry.begin_or_renew_announcement(None, "a", &wanted).await.unwrap();
-        assert_eq!(registry.begin_or_renew_announcement(Some(lease), "a", &wanted).await.unwrap(), lease);
+        let record = ReplicaRecord { addresses: wanted.iter().cloned().collect() };
+        let lease = registry.renew_or_write(None, ["hub", "a"], &record).await.unwrap();
+        assert_eq!(
+            registry.renew_or_write(Some(&(lease, record.clone())), ["hub", "a"], &record).await.unwrap(),
+            lease
+        );
         store.end_lease(lease).await.unwrap();
-        let next = registry.begin_or_renew_announcement(Some(lease), "a", &wanted).await.unwrap();
+        let next = registry.renew_or_write(Some(&(lease, record.clone())), ["hub", "a"], &record).await.unwrap();
         assert_ne!(next, lease);
         registry.subscribe().wait_for(|it| it.hub_addresses() == wanted).await.unwrap();
     }
